@@ -1,0 +1,139 @@
+"""One GPT-OSS mixture-of-experts layer: its sizes, its packed weights, and its mathematics, written once.
+
+Every backend computes what `reference` computes; `reference` runs in any floating dtype, float64 included.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from enum import Enum
+
+import torch
+from torch import Tensor
+
+from vllm_mxfp4_sm120 import mxfp4
+
+# GPT-OSS's SwiGLU: gate * sigmoid(1.702 gate) * (up + 1), gate <= 7, |up| <= 7 (openai/gpt-oss, `swiglu`).
+SWIGLU_ALPHA = 1.702
+SWIGLU_LIMIT = 7.0
+
+
+class Activation(str, Enum):
+    """What stands between the two GEMMs: GPT-OSS's clamped SwiGLU, or plain silu(gate) * up."""
+
+    SWIGLU_OAI = "swiglu_oai"
+    SILU = "silu"
+
+
+@dataclass(frozen=True)
+class MoEShape:
+    """Sizes of one layer as one rank holds it.
+
+    `num_experts` is the router's width; `local_experts` of them live here (fewer under expert parallelism).
+    `intermediate_size` is this rank's shard (I / TP). All sizes count elements.
+    """
+
+    num_experts: int
+    local_experts: int
+    hidden_size: int
+    intermediate_size: int
+    top_k: int
+    has_bias: bool = True
+    activation: Activation = Activation.SWIGLU_OAI
+
+    @property
+    def packed_bytes_per_expert(self) -> int:
+        """Bytes of one expert's packed weights and scales, without biases: 17 bytes for every 32 values."""
+        return 3 * self.intermediate_size * self.hidden_size * 17 // 32
+
+
+@dataclass
+class MoEWeights:
+    """One layer's experts in the checkpoint's own layout (E local experts, H hidden, I intermediate).
+
+    w13 uint8 [E, 2I, H/2], rows gate, up, gate, up...; w13_scale uint8 [E, 2I, H/32]; w13_bias bf16 [E, 2I] or None;
+    w2 uint8 [E, H, I/2]; w2_scale uint8 [E, H, I/32]; w2_bias bf16 [E, H] or None.
+    """
+
+    w13: Tensor
+    w13_scale: Tensor
+    w2: Tensor
+    w2_scale: Tensor
+    w13_bias: Tensor | None = None
+    w2_bias: Tensor | None = None
+
+    @classmethod
+    def empty(cls, shape: MoEShape, device: torch.device | str) -> MoEWeights:
+        """Zeroed weights to load into. Each expert's codes and scales share one contiguous run of bytes,
+
+        codes first, so that a backend whose layout interleaves the two can rearrange each expert in place:
+        loading then never needs a second copy of a layer.
+        """
+        h, i = shape.hidden_size, shape.intermediate_size
+
+        def arena(rows: int, k: int) -> tuple[Tensor, Tensor]:
+            flat = torch.zeros(shape.local_experts, rows * k // 32 * 17, dtype=torch.uint8, device=device)
+            codes, scales = flat[:, : rows * k // 2], flat[:, rows * k // 2 :]
+            return codes.unflatten(1, (rows, k // 2)), scales.unflatten(1, (rows, k // 32))
+
+        w13, w13_scale = arena(2 * i, h)
+        w2, w2_scale = arena(h, i)
+        bias = shape.has_bias
+        return cls(
+            w13,
+            w13_scale,
+            w2,
+            w2_scale,
+            torch.zeros(shape.local_experts, 2 * i, dtype=torch.bfloat16, device=device) if bias else None,
+            torch.zeros(shape.local_experts, h, dtype=torch.bfloat16, device=device) if bias else None,
+        )
+
+
+def topk_softmax(router_logits: Tensor, top_k: int) -> tuple[Tensor, Tensor]:
+    """GPT-OSS's routing: the k largest logits, then a softmax over just those.
+
+    router_logits [M, E] of any floating dtype -> topk_ids int64 [M, k], topk_weights float32 [M, k].
+    """
+    values, ids = router_logits.float().topk(top_k, dim=-1)
+    return ids, values.softmax(dim=-1)
+
+
+def activate(gate_up: Tensor, activation: Activation) -> Tensor:
+    """[..., 2I] with gate and up interleaved -> [..., I], in the input's dtype."""
+    gate, up = gate_up[..., ::2], gate_up[..., 1::2]
+    if activation is Activation.SILU:
+        return gate * torch.sigmoid(gate) * up
+    gate, up = gate.clamp(max=SWIGLU_LIMIT), up.clamp(-SWIGLU_LIMIT, SWIGLU_LIMIT)
+    return gate * torch.sigmoid(SWIGLU_ALPHA * gate) * (up + 1)
+
+
+def reference(
+    weights: MoEWeights,
+    x: Tensor,
+    topk_ids: Tensor,
+    topk_weights: Tensor,
+    activation: Activation = Activation.SWIGLU_OAI,
+    expert_map: Tensor | None = None,
+    dtype: torch.dtype = torch.float64,
+) -> Tensor:
+    """The layer's output [M, H] in `dtype`, nothing rounded on the way. For tests and self-tests only: slow.
+
+    topk_ids [M, k] are global expert ids; expert_map int [num_experts] gives the local id, or -1 where the expert
+    lives elsewhere (its share is left out, as expert parallelism sums over ranks).
+    """
+    out = torch.zeros(x.shape[0], weights.w2.shape[1], dtype=dtype, device=x.device)
+    for expert in topk_ids.unique().tolist():
+        local = expert if expert_map is None else int(expert_map[expert])
+        if local < 0:
+            continue
+        token, slot = (topk_ids == expert).nonzero(as_tuple=True)
+        w13 = mxfp4.dequantize(weights.w13[local], weights.w13_scale[local], dtype)
+        hidden = x[token].to(dtype) @ w13.T
+        if weights.w13_bias is not None:
+            hidden += weights.w13_bias[local].to(dtype)
+        w2 = mxfp4.dequantize(weights.w2[local], weights.w2_scale[local], dtype)
+        down = activate(hidden, activation) @ w2.T
+        if weights.w2_bias is not None:
+            down += weights.w2_bias[local].to(dtype)
+        out.index_add_(0, token, down * topk_weights[token, slot].to(dtype)[:, None])
+    return out
