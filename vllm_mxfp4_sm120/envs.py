@@ -1,0 +1,136 @@
+"""Every environment variable of this plugin, in one table. Values are read when asked for, never at import."""
+
+from __future__ import annotations
+
+import difflib
+import os
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Generic, TypeVar
+
+PREFIX = "MXFP4_SM120_"
+T = TypeVar("T")
+
+
+@dataclass(frozen=True)
+class Kind(Generic[T]):
+    """How a variable's text becomes a value: `parse` raises ValueError for what is not `accepted`."""
+
+    accepted: str
+    parse: Callable[[str], T]
+
+
+@dataclass(frozen=True)
+class Variable(Generic[T]):
+    """One environment variable. Unset or empty means `default`."""
+
+    name: str
+    kind: Kind[T]
+    default: T
+    meaning: str
+
+    def get(self) -> T:
+        """The value now. Raises ValueError naming the variable, its value and what is accepted."""
+        text = os.environ.get(self.name, "").strip()
+        if not text:
+            return self.default
+        try:
+            return self.kind.parse(text)
+        except ValueError:
+            raise ValueError(f"{self.name}={text!r} is not accepted: expected {self.kind.accepted}") from None
+
+
+def _one_of(*words: str) -> Kind[str]:
+    def parse(text: str) -> str:
+        if text not in words:
+            raise ValueError
+        return text
+
+    return Kind("one of " + ", ".join(words), parse)
+
+
+def _integer(low: int, high: int) -> Kind[int]:
+    def parse(text: str) -> int:
+        if not text.isascii() or not text.isdigit() or not low <= int(text) <= high:
+            raise ValueError
+        return int(text)
+
+    return Kind(f"an integer from {low} to {high}", parse)
+
+
+def _optional(kind: Kind[T]) -> Kind[T | None]:
+    return Kind(kind.accepted, kind.parse)
+
+
+_FLAG = Kind("0 or 1", lambda text: {"0": False, "1": True}[_one_of("0", "1").parse(text)])
+
+BACKEND = Variable(
+    "MXFP4_SM120_BACKEND",
+    _one_of("auto", "flashinfer_trtllm", "flashinfer_trtllm_mxfp8", "native", "triton", "tiled", "upcast"),
+    "auto",
+    "the MoE backend to use; auto takes the first that works on this machine",
+)
+WEIGHTONLY = Variable(
+    "MXFP4_SM120_WEIGHTONLY", _FLAG, True, "1 keeps experts packed; 0 asks for the full upcast to BF16, for comparison only"
+)
+GROUP_SIZE = Variable(
+    "MXFP4_SM120_GROUP_SIZE",
+    _optional(_integer(1, 1024)),
+    None,
+    "values that share a scale, in place of config.json's group_size",
+)
+PACK_LAYOUT = Variable(
+    "MXFP4_SM120_PACK_LAYOUT",
+    _optional(Kind("a layout's name", str)),
+    None,
+    "how codes lie in a byte, in place of config.json's pack_layout",
+)
+USE_TRITON = Variable("MXFP4_SM120_USE_TRITON", _FLAG, False, "1 tries the Triton backend before every other")
+DISABLE_TRITON_MOE = Variable("MXFP4_SM120_DISABLE_TRITON_MOE", _FLAG, False, "1 never chooses the Triton backend")
+MOE_STREAMS = Variable(
+    "MXFP4_SM120_MOE_STREAMS", _integer(1, 32), 1, "CUDA streams that the tiled backend spreads experts over"
+)
+ALLOW_STUB_KERNEL = Variable(
+    "MXFP4_SM120_ALLOW_STUB_KERNEL", _FLAG, False, "1 lets a native library without GPU code load, for tests of loading"
+)
+FORCE_UPCAST = Variable("MXFP4_SM120_FORCE_UPCAST", _FLAG, False, "1 allows the full upcast on SM120 and newer")
+BASE_GPU_ID = Variable(
+    "MXFP4_SM120_BASE_GPU_ID", _integer(0, 1023), 0, "index of the first visible GPU that this server uses"
+)
+DEBUG_EMPTY_CACHE = Variable(
+    "MXFP4_SM120_DEBUG_EMPTY_CACHE", _FLAG, False, "1 empties the CUDA cache after every tiled layer, to see its true peak"
+)
+VALIDATE_GATE = Variable(
+    "MXFP4_SM120_VALIDATE_GATE", _FLAG, False, "1 checks that each token's gates sum to 1, at the cost of a host sync"
+)
+AUTO = Variable(
+    "MXFP4_SM120_AUTO", _FLAG, True, "0 leaves checkpoints alone unless --quantization mxfp4_sm120 is given"
+)
+PROOF = Variable(
+    "MXFP4_SM120_PROOF", _FLAG, True, "0 uses backends without the small problem that each must first solve on this machine"
+)
+PROOF_SECONDS = Variable(
+    "MXFP4_SM120_PROOF_SECONDS", _integer(1, 3600), 180, "how long that problem may take, compilation included, before the backend counts as hanging"
+)
+CACHE_DIR = Variable(
+    "MXFP4_SM120_CACHE_DIR",
+    _optional(Kind("a directory", str)),
+    None,
+    "where proofs are remembered, in place of vllm_mxfp4_sm120 under XDG_CACHE_HOME or ~/.cache",
+)
+
+TABLE: tuple[Variable, ...] = tuple(value for value in list(globals().values()) if isinstance(value, Variable))
+
+
+def check() -> None:
+    """Read every variable, so that a bad one stops the start and not a request later.
+
+    Raises ValueError for a value that is not accepted and for an unknown MXFP4_SM120_* name.
+    """
+    known = [variable.name for variable in TABLE]
+    for name in sorted(os.environ):
+        if name.startswith(PREFIX) and name not in known:
+            nearest = difflib.get_close_matches(name, known, n=1, cutoff=0)[0]
+            raise ValueError(f"{name} is not a variable of this plugin: did you mean {nearest}?")
+    for variable in TABLE:
+        variable.get()

@@ -1,0 +1,97 @@
+"""The number format MXFP4: 4-bit E2M1 codes, one 8-bit E8M0 scale for every 32 of them (OCP Microscaling, MX v1.0).
+
+A code is sign, two exponent bits, one mantissa bit; a scale byte s means 2^(s - 127), and 255 means NaN. Two codes share
+a byte, the earlier one in the low nibble. Everything here is plain torch and runs on any device.
+"""
+
+from __future__ import annotations
+
+from functools import lru_cache
+
+import torch
+from torch import Tensor
+
+BLOCK = 32  # values that share a scale: the MX specification's block size, and GPT-OSS's only one
+NAN_SCALE = 255
+SCALE_BIAS = 127
+E2M1_MAX_EXPONENT = 2  # of 6 = 1.5 * 2^2, the largest E2M1 value
+
+# Code -> value. The sign is bit 3; 0 and 8 are the two zeros, 1 and 9 the subnormal.
+E2M1_VALUES = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0, -0.0, -0.5, -1.0, -1.5, -2.0, -3.0, -4.0, -6.0)
+
+# One table entry is the two values of a byte; reading both as one word makes decoding a single gather.
+_PAIR_WORD = {2: torch.int32, 4: torch.int64, 8: torch.complex128}
+
+
+def pack(codes: Tensor) -> Tensor:
+    """Codes uint8 [..., K] below 16, K even -> bytes uint8 [..., K/2], the earlier code in the low nibble."""
+    return codes[..., ::2] | (codes[..., 1::2] << 4)
+
+
+def unpack(packed: Tensor) -> Tensor:
+    """Bytes uint8 [..., K/2] -> codes uint8 [..., K]."""
+    return torch.stack((packed & 15, packed >> 4), dim=-1).flatten(-2)
+
+
+@lru_cache
+def _pair_table(dtype: torch.dtype, device: torch.device) -> Tensor:
+    """[256] words, each the two values of a byte."""
+    byte = torch.arange(256)
+    values = torch.tensor(E2M1_VALUES, dtype=dtype)
+    pairs = torch.stack((values[byte & 15], values[byte >> 4]), dim=-1)
+    return pairs.view(_PAIR_WORD[dtype.itemsize]).flatten().to(device)
+
+
+@lru_cache
+def _scale_table(dtype: torch.dtype, device: torch.device) -> Tensor:
+    """[256] scales; 255 is NaN."""
+    exponents = torch.arange(256, dtype=torch.float64) - SCALE_BIAS
+    table = exponents.exp2()
+    table[NAN_SCALE] = float("nan")
+    return table.to(dtype).to(device)
+
+
+def scale_values(scales: Tensor, dtype: torch.dtype) -> Tensor:
+    """E8M0 bytes uint8 [...] -> 2^(s - 127) in `dtype`, NaN for 255. Exact in bfloat16, float32 and float64."""
+    return _scale_table(dtype, scales.device).index_select(0, scales.reshape(-1).int()).view(scales.shape)
+
+
+def dequantize(codes: Tensor, scales: Tensor, dtype: torch.dtype = torch.bfloat16) -> Tensor:
+    """Packed codes uint8 [..., K/2] and scales uint8 [..., K/32] -> values [..., K] in `dtype`.
+
+    Exact in bfloat16, float32 and float64: a value has two significant bits, and the smallest, 0.5 * 2^-127, is a
+    subnormal of the first two. Their range ends below 4 * 2^126, so scales of 253 and 254 can overflow to infinity there.
+    """
+    words = _pair_table(dtype, codes.device).index_select(0, codes.reshape(-1).int())
+    values = words.view(dtype).view(*scales.shape, BLOCK)
+    return values.mul_(scale_values(scales, dtype)[..., None]).flatten(-2)
+
+
+def quantize(values: Tensor) -> tuple[Tensor, Tensor]:
+    """Finite values [..., K], K a multiple of 32, of any float dtype -> codes uint8 [..., K/2], scales uint8 [..., K/32].
+
+    The OCP MX rule: a block's scale is 2^(floor(log2(largest magnitude)) - 2), the values over it are rounded to the
+    nearest E2M1, ties to the even code, and saturate at 6. What came from `dequantize` gives the same values back.
+    Raises ValueError for values that are not finite or a K that is not a multiple of 32.
+    """
+    if values.shape[-1] % BLOCK:
+        raise ValueError(f"quantize: the last dimension is {values.shape[-1]}, expected a multiple of {BLOCK}")
+    if not bool(values.isfinite().all()):
+        raise ValueError("quantize: values must be finite, found infinity or NaN; MXFP4 codes can hold neither")
+    blocks = values.double().unflatten(-1, (-1, BLOCK))  # double: every float32 over every scale is exact
+    largest = blocks.abs().amax(-1)
+    # frexp gives mantissas in [0.5, 1), so floor(log2) is its exponent less one; a block of zeros takes the smallest scale.
+    exponent = torch.frexp(largest).exponent - 1 - E2M1_MAX_EXPONENT
+    exponent = torch.where(largest > 0, exponent, -SCALE_BIAS).clamp(-SCALE_BIAS, SCALE_BIAS)
+    scaled = torch.ldexp(blocks, -exponent[..., None])
+    return pack(_round_to_e2m1(scaled).flatten(-2)), (exponent + SCALE_BIAS).to(torch.uint8)
+
+
+def _round_to_e2m1(values: Tensor) -> Tensor:
+    """Float values -> codes uint8 of the nearest E2M1 values, ties to the even code, saturating."""
+    magnitude = values.abs()
+    code = torch.zeros_like(values, dtype=torch.uint8)
+    for lower in range(7):  # step from code `lower` to `lower + 1` where the value lies past their midpoint
+        midpoint = (E2M1_VALUES[lower] + E2M1_VALUES[lower + 1]) / 2
+        code += magnitude >= midpoint if lower % 2 else magnitude > midpoint
+    return code | (values.signbit().to(torch.uint8) << 3)
