@@ -25,6 +25,7 @@ class Tiled(Backend):
 
     name = "tiled"
     capturable = False  # which experts to decode depends on the data, and the host has to know
+    compiled = False
 
     @classmethod
     def why_not(cls, machine: Machine, shape: MoEShape) -> str | None:
