@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from typing import Generic, TypeVar
 
 PREFIX = "MXFP4_SM120_"
-T = TypeVar("T")
+T = TypeVar("T", covariant=True)
 
 
 @dataclass(frozen=True)
@@ -46,7 +46,7 @@ def _one_of(*words: str) -> Kind[str]:
             raise ValueError
         return text
 
-    return Kind("one of " + ", ".join(words), parse)
+    return Kind(words[0] if len(words) == 1 else f"one of {', '.join(words)}", parse)
 
 
 def _integer(low: int, high: int) -> Kind[int]:
@@ -55,68 +55,76 @@ def _integer(low: int, high: int) -> Kind[int]:
             raise ValueError
         return int(text)
 
-    return Kind(f"an integer from {low} to {high}", parse)
+    return Kind(str(low) if low == high else f"an integer from {low} to {high}", parse)
 
 
-def _optional(kind: Kind[T]) -> Kind[T | None]:
-    return Kind(kind.accepted, kind.parse)
-
-
-_FLAG = Kind("0 or 1", lambda text: {"0": False, "1": True}[_one_of("0", "1").parse(text)])
+_FLAG = Kind("0 or 1", lambda text: _one_of("0", "1").parse(text) == "1")
 
 BACKEND = Variable(
     "MXFP4_SM120_BACKEND",
     _one_of("auto", "flashinfer_trtllm", "flashinfer_trtllm_mxfp8", "native", "triton", "tiled", "upcast"),
     "auto",
-    "the MoE backend to use; auto takes the first that works on this machine",
+    "the backend of the experts; auto takes the first that works on this machine",
 )
 WEIGHTONLY = Variable(
-    "MXFP4_SM120_WEIGHTONLY", _FLAG, True, "1 keeps experts packed; 0 asks for the full upcast to BF16, for comparison only"
+    "MXFP4_SM120_WEIGHTONLY", _FLAG, True, "0 upcasts all experts to BF16 at load, for comparison: BACKEND=upcast"
 )
-GROUP_SIZE = Variable(
+GROUP_SIZE: Variable[int | None] = Variable(
     "MXFP4_SM120_GROUP_SIZE",
-    _optional(_integer(1, 1024)),
+    _integer(32, 32),
     None,
-    "values that share a scale, in place of config.json's group_size",
+    "values that share a scale, in place of what config.json says",
 )
-PACK_LAYOUT = Variable(
+PACK_LAYOUT: Variable[str | None] = Variable(
     "MXFP4_SM120_PACK_LAYOUT",
-    _optional(Kind("a layout's name", str)),
+    _one_of("low_nibble_first"),
     None,
-    "how codes lie in a byte, in place of config.json's pack_layout",
+    "how two codes share a byte, in place of what config.json says",
 )
-USE_TRITON = Variable("MXFP4_SM120_USE_TRITON", _FLAG, False, "1 tries the Triton backend before every other")
-DISABLE_TRITON_MOE = Variable("MXFP4_SM120_DISABLE_TRITON_MOE", _FLAG, False, "1 never chooses the Triton backend")
+USE_TRITON = Variable("MXFP4_SM120_USE_TRITON", _FLAG, False, "1 tries the Triton backend before all others")
+DISABLE_TRITON_MOE = Variable("MXFP4_SM120_DISABLE_TRITON_MOE", _FLAG, False, "1 leaves the Triton backend out")
 MOE_STREAMS = Variable(
-    "MXFP4_SM120_MOE_STREAMS", _integer(1, 32), 1, "CUDA streams that the tiled backend spreads experts over"
+    "MXFP4_SM120_MOE_STREAMS", _integer(1, 32), 1, "CUDA streams over which the tiled backend spreads a layer's experts"
 )
 ALLOW_STUB_KERNEL = Variable(
-    "MXFP4_SM120_ALLOW_STUB_KERNEL", _FLAG, False, "1 lets a native library without GPU code load, for tests of loading"
+    "MXFP4_SM120_ALLOW_STUB_KERNEL", _FLAG, False, "1 lets a native library without GPU code load, to test the loading"
 )
-FORCE_UPCAST = Variable("MXFP4_SM120_FORCE_UPCAST", _FLAG, False, "1 allows the full upcast on SM120 and newer")
+FORCE_UPCAST = Variable("MXFP4_SM120_FORCE_UPCAST", _FLAG, False, "1 allows the upcast backend on SM120 and newer")
 BASE_GPU_ID = Variable(
     "MXFP4_SM120_BASE_GPU_ID", _integer(0, 1023), 0, "index of the first visible GPU that this server uses"
 )
 DEBUG_EMPTY_CACHE = Variable(
-    "MXFP4_SM120_DEBUG_EMPTY_CACHE", _FLAG, False, "1 empties the CUDA cache after every tiled layer, to see its true peak"
+    "MXFP4_SM120_DEBUG_EMPTY_CACHE",
+    _FLAG,
+    False,
+    "1 empties CUDA's cache after every tiled layer, to see the real peak",
 )
 VALIDATE_GATE = Variable(
-    "MXFP4_SM120_VALIDATE_GATE", _FLAG, False, "1 checks that each token's gates sum to 1, at the cost of a host sync"
+    "MXFP4_SM120_VALIDATE_GATE",
+    _FLAG,
+    False,
+    "1 checks that each token's gates sum to 1, and waits for the GPU to do so",
 )
 AUTO = Variable(
-    "MXFP4_SM120_AUTO", _FLAG, True, "0 leaves checkpoints alone unless --quantization mxfp4_sm120 is given"
+    "MXFP4_SM120_AUTO",
+    _FLAG,
+    True,
+    "0 serves only what --quantization mxfp4_sm120 asks for, claims no checkpoint itself",
 )
 PROOF = Variable(
-    "MXFP4_SM120_PROOF", _FLAG, True, "0 uses backends without the small problem that each must first solve on this machine"
+    "MXFP4_SM120_PROOF", _FLAG, True, "0 trusts a backend without a small problem solved on this machine first"
 )
 PROOF_SECONDS = Variable(
-    "MXFP4_SM120_PROOF_SECONDS", _integer(1, 3600), 180, "how long that problem may take, compilation included, before the backend counts as hanging"
+    "MXFP4_SM120_PROOF_SECONDS",
+    _integer(1, 3600),
+    300,
+    "seconds after which a backend that has not solved it is left out",
 )
-CACHE_DIR = Variable(
+CACHE_DIR: Variable[str | None] = Variable(
     "MXFP4_SM120_CACHE_DIR",
-    _optional(Kind("a directory", str)),
+    Kind("a directory", str),
     None,
-    "where proofs are remembered, in place of vllm_mxfp4_sm120 under XDG_CACHE_HOME or ~/.cache",
+    "where solved problems are remembered; by default vllm_mxfp4_sm120 in XDG_CACHE_HOME or ~/.cache",
 )
 
 TABLE: tuple[Variable, ...] = tuple(value for value in list(globals().values()) if isinstance(value, Variable))

@@ -6,7 +6,7 @@ Every backend computes what `reference` computes; `reference` runs in any floati
 from __future__ import annotations
 
 from dataclasses import dataclass
-from enum import Enum
+from enum import StrEnum
 
 import torch
 from torch import Tensor
@@ -18,7 +18,7 @@ SWIGLU_ALPHA = 1.702
 SWIGLU_LIMIT = 7.0
 
 
-class Activation(str, Enum):
+class Activation(StrEnum):
     """What stands between the two GEMMs: GPT-OSS's clamped SwiGLU, or plain silu(gate) * up."""
 
     SWIGLU_OAI = "swiglu_oai"

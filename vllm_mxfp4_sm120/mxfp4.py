@@ -1,7 +1,7 @@
 """The number format MXFP4: 4-bit E2M1 codes, one 8-bit E8M0 scale for every 32 of them (OCP Microscaling, MX v1.0).
 
-A code is sign, two exponent bits, one mantissa bit; a scale byte s means 2^(s - 127), and 255 means NaN. Two codes share
-a byte, the earlier one in the low nibble. Everything here is plain torch and runs on any device.
+A code is sign, two exponent bits, one mantissa bit; a scale byte s means 2^(s - 127), and 255 means NaN. Two codes
+share a byte, the earlier one in the low nibble. Everything here is plain torch and runs on any device.
 """
 
 from __future__ import annotations
@@ -60,7 +60,7 @@ def dequantize(codes: Tensor, scales: Tensor, dtype: torch.dtype = torch.bfloat1
     """Packed codes uint8 [..., K/2] and scales uint8 [..., K/32] -> values [..., K] in `dtype`.
 
     Exact in bfloat16, float32 and float64: a value has two significant bits, and the smallest, 0.5 * 2^-127, is a
-    subnormal of the first two. Their range ends below 4 * 2^126, so scales of 253 and 254 can overflow to infinity there.
+    subnormal of the first two. Their range ends below 4 * 2^126: large codes at scales 253 and 254 are infinite.
     """
     words = _pair_table(dtype, codes.device).index_select(0, codes.reshape(-1).int())
     values = words.view(dtype).view(*scales.shape, BLOCK)
@@ -68,7 +68,7 @@ def dequantize(codes: Tensor, scales: Tensor, dtype: torch.dtype = torch.bfloat1
 
 
 def quantize(values: Tensor) -> tuple[Tensor, Tensor]:
-    """Finite values [..., K], K a multiple of 32, of any float dtype -> codes uint8 [..., K/2], scales uint8 [..., K/32].
+    """Finite values [..., K] of any float dtype, K % 32 == 0 -> codes uint8 [..., K/2], scales uint8 [..., K/32].
 
     The OCP MX rule: a block's scale is 2^(floor(log2(largest magnitude)) - 2), the values over it are rounded to the
     nearest E2M1, ties to the even code, and saturate at 6. What came from `dequantize` gives the same values back.
@@ -80,7 +80,7 @@ def quantize(values: Tensor) -> tuple[Tensor, Tensor]:
         raise ValueError("quantize: values must be finite, found infinity or NaN; MXFP4 codes can hold neither")
     blocks = values.double().unflatten(-1, (-1, BLOCK))  # double: every float32 over every scale is exact
     largest = blocks.abs().amax(-1)
-    # frexp gives mantissas in [0.5, 1), so floor(log2) is its exponent less one; a block of zeros takes the smallest scale.
+    # frexp gives mantissas in [0.5, 1), so floor(log2) is its exponent less one. Zeros take the smallest scale.
     exponent = torch.frexp(largest).exponent - 1 - E2M1_MAX_EXPONENT
     exponent = torch.where(largest > 0, exponent, -SCALE_BIAS).clamp(-SCALE_BIAS, SCALE_BIAS)
     scaled = torch.ldexp(blocks, -exponent[..., None])
