@@ -1,4 +1,4 @@
-"""The native layout: what the kernel's own decode gives back, exact inverses, in place, and refusals that leave nothing half-written."""
+"""The native layout: the kernel's own decode reads it back; exact inverses; in place; refusals write nothing."""
 
 from __future__ import annotations
 
@@ -62,7 +62,7 @@ def test_the_kernel_reads_back_every_code(decode_word):
 
 
 def test_scale_bias_is_the_kernel_s(decode_word):
-    assert layout.SCALE_BIAS == 126 - decode_word.scale_offset_exp()
+    assert 126 - decode_word.scale_offset_exp() == layout.SCALE_BIAS
 
 
 def test_words_decode_to_themselves():
@@ -71,7 +71,7 @@ def test_words_decode_to_themselves():
 
 
 def test_usable_scales_give_exact_weights():
-    """Every code times every usable scale, in BF16 as the kernel multiplies, equals fp4 * 2^(s - 127 - 48) without rounding."""
+    """Every code times every usable scale, in BF16 as the kernel multiplies: fp4 * 2^(s - 127 - 48), unrounded."""
     fp4 = torch.tensor([0, 0.5, 1, 1.5, 2, 3, 4, 6], dtype=torch.float64)
     code = (torch.arange(8) << 6).to(torch.int16).view(torch.bfloat16)
     assert torch.equal(code.double(), fp4 * 2.0**-126)
