@@ -1,22 +1,36 @@
+// One MoE layer, one call: what the bindings hand to the kernels.
 #pragma once
-#include <cstdint>
 #include <cuda_runtime_api.h>
+
+#include <cstdint>
+
 namespace mxfp4_sm120 {
-struct MoeArgs {               // one layer, one call; all pointers on the current device
-  const void* x;               // bf16 [M, H]
-  const uint8_t* w13; const uint8_t* w2;   // tiled layout: [local_experts, rows/32, K/32, 544] bytes
-  const void* w13_bias; const void* w2_bias; // bf16 [local_experts, 2I] / [local_experts, H] or nullptr
-  const void* router_logits;   // bf16 or fp32 [M, E], or nullptr when topk_ids is given
+
+// The workspace's first bytes are counters, zeroed once by the caller and left zero by every call.
+constexpr int COUNTER_BYTES = 64 * 1024;
+
+struct MoeArgs {  // all pointers on the current device
+  const void* x;              // bf16 [M, H]
+  const uint8_t* w13;         // tiled: [local_experts, 2I/32, H/32, 544] bytes
+  const uint8_t* w2;          // tiled: [local_experts, H/32, I/32, 544] bytes
+  const void* w13_bias;       // bf16 [local_experts, 2I] or nullptr
+  const void* w2_bias;        // bf16 [local_experts, H] or nullptr
+  const void* router_logits;  // bf16 or fp32 [M, num_experts], or nullptr when topk_ids is given
   bool logits_fp32;
-  const int32_t* topk_ids; const float* topk_weights; // [M, k] or nullptr
-  const int32_t* expert_map;   // [E] or nullptr
-  void* out;                   // bf16 [M, H]
-  uint8_t* workspace;          // workspace_bytes(...) bytes; its first 4 KiB (counters) zeroed once by the caller and left zero by every call
+  const int32_t* topk_ids;    // [M, top_k], global experts
+  const float* topk_weights;  // [M, top_k]
+  const int32_t* expert_map;  // [num_experts] -> local expert or -1; nullptr when all are local
+  void* out;                  // bf16 [M, H]
+  uint8_t* workspace;         // workspace_bytes(...) bytes, 256-byte aligned
   int M, H, I, num_experts, local_experts, top_k;
-  bool swiglu_oai;             // else silu(gate) * up
+  bool swiglu_oai;  // else silu(gate) * up
 };
-// Bytes of workspace needed for up to M tokens. Monotonic in M.
+
+// Bytes of workspace for up to M tokens; grows with M.
 int64_t workspace_bytes(int M, int H, int I, int num_experts, int local_experts, int top_k);
-// Enqueues the layer on `stream`. Returns nullptr, or a static string saying why not.
-const char* moe_forward(const MoeArgs& args, int config, cudaStream_t stream);  // config: index into the dispatch table, -1 = default rule
-}
+
+// Enqueues the layer on `stream`. Returns nullptr, or a static string saying why not. `config` indexes the dispatch
+// table (dispatch.cu); -1 is the default rule.
+const char* moe_forward(const MoeArgs& args, int config, cudaStream_t stream);
+
+}  // namespace mxfp4_sm120

@@ -1,0 +1,80 @@
+// What every kernel of the layer shares: the tiled weight layout, the tile product, the activation.
+#pragma once
+#include <cuda_bf16.h>
+
+#include "decode.cuh"
+#include "ptx.cuh"
+
+namespace mxfp4_sm120 {
+
+// A weight tile is 32 rows x 32 k: 512 bytes of codes, then one scale byte per row. Lane 4g+q owns 16 bytes of codes:
+// rows 4g..4g+3 (one 32-bit word each), k 8q..8q+7. Rows 4g, 4g+1 are rows g, g+8 of the first m16 operand, 4g+2, 4g+3
+// of the second; with gate and up interleaved, a thread so holds gate and up of one output side by side, and its four
+// accumulators of a column are four adjacent rows.
+constexpr int TILE = 32;
+constexpr int TILE_CODES = 512;
+constexpr int TILE_BYTES = 544;
+
+constexpr int MAX_TOP_K = 8;
+constexpr int MAX_EXPERTS = 256;
+// SM120 gives a block 99 KB; every kernel stays within it, so that what runs on a larger card is what runs there.
+constexpr int MAX_SHARED_BYTES = 99 * 1024;
+
+// 2^SCALE_OFFSET_EXP, which the decoded weights lack (see decode.cuh).
+constexpr float ACCUMULATOR_SCALE = static_cast<float>(1ull << SCALE_OFFSET_EXP);
+
+// Row r's scale byte, as the exponent of both halves of a bf16x2 power of two.
+__device__ __forceinline__ uint32_t scale_of_row(uint32_t four_scales, int r) {
+  return __byte_perm(four_scales, 0, (r << 12) | (4 << 8) | (r << 4) | 4) >> 1;
+}
+
+// One tile's codes and scales, as a lane reads them from shared memory.
+struct PackedTile {
+  uint4 codes;
+  uint32_t scales;
+};
+__device__ __forceinline__ PackedTile load_tile(uint32_t tile, int lane) {
+  return {lds128(tile + lane * 16), lds32(tile + TILE_CODES + (lane >> 2) * 4)};
+}
+
+// A operands of m16 tile m (0 or 1) for both k16 steps of a 32 x 32 tile.
+struct AFragments {
+  uint32_t lo[4], hi[4];  // rows g and g+8: pairs k = 8q + {0,1}, {2,3}, {4,5}, {6,7}
+};
+__device__ __forceinline__ AFragments decode_half_tile(const PackedTile& t, int m) {
+  AFragments a;
+  decode_word(m == 0 ? t.codes.x : t.codes.z, a.lo);
+  decode_word(m == 0 ? t.codes.y : t.codes.w, a.hi);
+  const uint32_t s_lo = scale_of_row(t.scales, 2 * m), s_hi = scale_of_row(t.scales, 2 * m + 1);
+#pragma unroll
+  for (int p = 0; p < 4; ++p) {
+    a.lo[p] = mul_bf16x2(a.lo[p], s_lo);
+    a.hi[p] = mul_bf16x2(a.hi[p], s_hi);
+  }
+  return a;
+}
+// d (16 rows x 8 tokens) += half tile * b, where b is this lane's 8 consecutive k values (8q..8q+7) of token g.
+__device__ __forceinline__ void mma_half_tile(float (&d)[4], const AFragments& a, const uint4& b) {
+  mma_bf16(d, a.lo[0], a.hi[0], a.lo[1], a.hi[1], b.x, b.y);
+  mma_bf16(d, a.lo[2], a.hi[2], a.lo[3], a.hi[3], b.z, b.w);
+}
+
+// GPT-OSS: min(gate, 7) * sigmoid(1.702 gate) * (clamp(up, -7, 7) + 1); otherwise silu(gate) * up. NaN stays NaN.
+__device__ __forceinline__ float activate(float gate, float up, bool swiglu_oai) {
+  if (swiglu_oai) {
+    gate = gate > 7.f ? 7.f : gate;
+    up = up > 7.f ? 7.f : (up < -7.f ? -7.f : up);
+    return gate / (1.f + __expf(-1.702f * gate)) * (up + 1.f);
+  }
+  return gate / (1.f + __expf(-gate)) * up;
+}
+
+__device__ __forceinline__ float2 unpack_bf16x2(uint32_t v) {
+  return {__uint_as_float(v << 16), __uint_as_float(v & 0xffff0000u)};
+}
+__device__ __forceinline__ uint32_t pack_bf16x2(float lo, float hi) {
+  const __nv_bfloat162 v = __floats2bfloat162_rn(lo, hi);
+  return *reinterpret_cast<const uint32_t*>(&v);
+}
+
+}  // namespace mxfp4_sm120
