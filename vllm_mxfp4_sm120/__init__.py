@@ -1,3 +1,12 @@
 """MXFP4 GPT-OSS experts for vLLM, packed from disk to tensor core."""
 
+from pathlib import Path
+
 __version__ = "0.1.0"
+
+
+def config_path(*parts: str) -> Path:
+    """A file of configs/, which lies inside the package when installed and beside it in the repository."""
+    here = Path(__file__).parent
+    inside = here / "configs"
+    return (inside if inside.is_dir() else here.parent / "configs").joinpath(*parts)
