@@ -53,7 +53,7 @@ def _scale_table(dtype: torch.dtype, device: torch.device) -> Tensor:
 
 def scale_values(scales: Tensor, dtype: torch.dtype) -> Tensor:
     """E8M0 bytes uint8 [...] -> 2^(s - 127) in `dtype`, NaN for 255. Exact in bfloat16, float32 and float64."""
-    return _scale_table(dtype, scales.device).index_select(0, scales.reshape(-1).int()).view(scales.shape)
+    return _scale_table(dtype, scales.device).index_select(0, scales.int().reshape(-1)).view(scales.shape)
 
 
 def dequantize(codes: Tensor, scales: Tensor, dtype: torch.dtype = torch.bfloat16) -> Tensor:
@@ -62,7 +62,7 @@ def dequantize(codes: Tensor, scales: Tensor, dtype: torch.dtype = torch.bfloat1
     Exact in bfloat16, float32 and float64: a value has two significant bits, and the smallest, 0.5 * 2^-127, is a
     subnormal of the first two. Their range ends below 4 * 2^126: large codes at scales 253 and 254 are infinite.
     """
-    words = _pair_table(dtype, codes.device).index_select(0, codes.reshape(-1).int())
+    words = _pair_table(dtype, codes.device).index_select(0, codes.int().reshape(-1))
     values = words.view(dtype).view(*scales.shape, BLOCK)
     return values.mul_(scale_values(scales, dtype)[..., None]).flatten(-2)
 

@@ -1,0 +1,68 @@
+"""Bytes: what a layer takes packed and upcast, what is free, the guard before an upcast, torch's memory settings."""
+
+from __future__ import annotations
+
+import logging
+import os
+
+import torch
+
+from vllm_mxfp4_sm120 import envs
+from vllm_mxfp4_sm120.moe import MoEShape
+from vllm_mxfp4_sm120.platform import Machine
+
+logger = logging.getLogger("vllm.mxfp4_sm120")
+
+
+def packed_bytes(shape: MoEShape) -> int:
+    """Bytes of a layer's weights and scales as they are on disk, biases not counted."""
+    return shape.local_experts * shape.packed_bytes_per_expert
+
+
+def upcast_bytes(shape: MoEShape) -> int:
+    """Bytes of a layer's weights in BF16, biases not counted: 3.76 times the packed ones."""
+    return shape.local_experts * 3 * shape.intermediate_size * shape.hidden_size * 2
+
+
+def free_bytes() -> int:
+    """Bytes free on the current CUDA device; of the machine's memory where there is none."""
+    if torch.cuda.is_available():
+        return torch.cuda.mem_get_info()[0]
+    return os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+
+
+def why_no_upcast(machine: Machine, shape: MoEShape) -> str | None:
+    """One line refusing a full upcast on SM120 and newer, None where it may go ahead.
+
+    Those cards have kernels for packed weights, and too little memory for others: 120b's experts are 229 GB in BF16.
+    """
+    if machine.capability is None or machine.capability < (12, 0) or envs.FORCE_UPCAST.get():
+        return None
+    return (
+        f"a full upcast takes {upcast_bytes(shape):,} bytes for every layer (packed: {packed_bytes(shape):,}) and "
+        f"{free_bytes():,} are free: refused on SM120 and newer; {envs.FORCE_UPCAST.name}=1 allows it"
+    )
+
+
+def warn_upcast(shape: MoEShape) -> None:
+    """Warn before a layer is upcast that doesn't fit, so that the cause stands above torch's out-of-memory error."""
+    needed, free = upcast_bytes(shape), free_bytes()
+    if needed > free:
+        logger.warning("upcasting a layer's experts takes %s bytes and only %s are free", f"{needed:,}", f"{free:,}")
+
+
+def configure_torch() -> None:
+    """Settings that this plugin's models run best with, by environment, so that worker processes inherit them.
+
+    Call it in every process before CUDA is initialised, and only when this plugin serves the model: they hold for all
+    of torch. Calling again changes nothing, and what the user set stays.
+    - Expandable segments: loading rearranges weights layer by layer, and without them the holes stay reserved. vLLM
+      refuses them together with a KV connector; PYTORCH_CUDA_ALLOC_CONF=expandable_segments:False is then the way out.
+    - TF32 for the matmuls that stay in float32, through vLLM's own setting, which its workers apply at their start.
+    """
+    if torch.version.cuda is None:
+        return
+    # Torch reads the second name too and prefers it; vLLM's check of KV connectors knows only the first.
+    if "PYTORCH_CUDA_ALLOC_CONF" not in os.environ and "PYTORCH_ALLOC_CONF" not in os.environ:
+        os.environ["PYTORCH_CUDA_ALLOC_CONF"] = "expandable_segments:True"
+    os.environ.setdefault("VLLM_FLOAT32_MATMUL_PRECISION", "high")
