@@ -124,6 +124,9 @@ class TensorInfo:
     shape: tuple[int, ...]
     file: Path | None = None
 
+    def __str__(self) -> str:
+        return f"{self.dtype} {list(self.shape)}"
+
 
 def expert_tensors(sizes: Sizes, layer: int) -> dict[str, TensorInfo]:
     """Name, dtype and shape of each expert tensor that a layer must have."""
@@ -199,16 +202,13 @@ class Checkpoint:
                 found = self.tensors.get(name)
                 if found is None:
                     raise ValueError(
-                        f"{self.directory}: {name} is missing, expected {expected.dtype} {list(expected.shape)}; "
-                        "fetch the checkpoint again"
+                        f"{self.directory}: {name} is missing, expected {expected}; fetch the checkpoint again"
                     )
-                for what in ("dtype", "shape"):
-                    have, want = getattr(found, what), getattr(expected, what)
-                    if have != want:
-                        have, want = (list(v) if what == "shape" else v for v in (have, want))
-                        raise ValueError(
-                            f"{found.file}: {name} has {what} {have}, expected {want}; it does not match config.json"
-                        )
+                if (found.dtype, found.shape) != (expected.dtype, expected.shape):
+                    raise ValueError(
+                        f"{found.file}: {name} is {found}, expected {expected}; "
+                        "config.json and weights don't belong together, fetch the checkpoint again"
+                    )
 
     def _shards(self) -> list[Path]:
         if (self.directory / INDEX).exists():

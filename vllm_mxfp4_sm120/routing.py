@@ -130,8 +130,8 @@ class Routing:
         if bool(wrong.any()):
             token, off = int(wrong.nonzero()[0]), int(wrong.sum())
             raise RuntimeError(
-                f"routing: the gates of token {token} sum to {sums[token].item():.4g} ({off} of {self.num_tokens} tokens "
-                f"are off), expected 1 within {GATE_SUM_TOLERANCE}; normalise over the chosen experts"
+                f"routing: the gates of token {token} sum to {sums[token].item():.4g} ({off} of {self.num_tokens} "
+                f"tokens are off), expected 1 within {GATE_SUM_TOLERANCE}; normalise over the chosen experts"
             )
 
     def group(self) -> Grouped:
