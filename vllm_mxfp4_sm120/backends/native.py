@@ -1,0 +1,258 @@
+"""The CUDA library of kernels/: the fastest backend, on every NVIDIA GPU from sm_80.
+
+Weights lie as `native_layout` says.
+"""
+
+from __future__ import annotations
+
+import re
+import warnings
+from functools import lru_cache
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from vllm_mxfp4_sm120 import envs
+from vllm_mxfp4_sm120.backends.base import Backend, Prepared
+from vllm_mxfp4_sm120.backends.native_layout import check_scales, tile_experts
+from vllm_mxfp4_sm120.moe import Activation, MoEShape, MoEWeights
+from vllm_mxfp4_sm120.platform import Machine
+
+# Where kernels/build.sh and `pip install` put it.
+LIBRARY = Path(__file__).parents[1] / "_native.so"
+
+# Of the kernels: lists of experts and chosen experts are kept in registers and shared memory of these sizes.
+MAX_EXPERTS = 256
+MAX_TOP_K = 8
+# The longest row that the kernels for few tokens hold.
+MAX_SIZE = 7168
+
+DEFAULT_CONFIG = -1  # the library's own dispatch rule
+
+
+class Native(Backend):
+    """Grouped kernels that decode MXFP4 in registers, from router logits to output in one to five launches."""
+
+    name = "native"
+    capturable = True
+
+    @classmethod
+    def why_not(cls, machine: Machine, shape: MoEShape) -> str | None:
+        if not LIBRARY.exists():
+            return "the CUDA library isn't built: run kernels/build.sh, or install this package where nvcc is"
+        try:
+            architectures = load()
+        except (OSError, RuntimeError) as error:
+            return f"{LIBRARY.name} can't be used: {error}"
+        if architectures == "stub":
+            return None
+        if machine.capability is None:
+            return "it needs an NVIDIA GPU"
+        if not covers(architectures, machine.capability):
+            major, minor = machine.capability
+            return (
+                f"{LIBRARY.name} is built for {architectures}, not for {machine.sm}: "
+                f"build it with TORCH_CUDA_ARCH_LIST={major}.{minor} kernels/build.sh"
+            )
+        for name, size in (("hidden", shape.hidden_size), ("intermediate", shape.intermediate_size)):
+            if size % 32 or not 32 <= size <= MAX_SIZE:
+                return f"{name} size {size} isn't a multiple of 32 up to {MAX_SIZE}"
+        if shape.num_experts > MAX_EXPERTS:
+            return f"{shape.num_experts} experts are more than {MAX_EXPERTS}"
+        if shape.top_k > MAX_TOP_K:
+            return f"{shape.top_k} experts per token are more than {MAX_TOP_K}"
+        return None
+
+    def prepare(self, weights: MoEWeights) -> dict[str, Tensor]:
+        """Tiles of codes and scales, in place where `weights` came from `MoEWeights.empty`. Raises ValueError first."""
+        check_scales(weights.w13, weights.w13_scale, "w13")
+        check_scales(weights.w2, weights.w2_scale, "w2")
+        prepared = {
+            "w13": tile_experts(weights.w13, weights.w13_scale, "w13"),
+            "w2": tile_experts(weights.w2, weights.w2_scale, "w2"),
+        }
+        if weights.w13_bias is not None:
+            prepared["w13_bias"] = weights.w13_bias.contiguous()
+        if weights.w2_bias is not None:
+            prepared["w2_bias"] = weights.w2_bias.contiguous()
+        return prepared
+
+    def forward(
+        self,
+        prepared: Prepared,
+        x: Tensor,
+        topk_ids: Tensor,
+        topk_weights: Tensor,
+        expert_map: Tensor | None = None,
+    ) -> Tensor:
+        ids, gates = topk_ids.to(torch.int32).contiguous(), topk_weights.float().contiguous()
+        return self._layer(prepared, x, None, ids, gates, expert_map)
+
+    def forward_logits(
+        self, prepared: Prepared, x: Tensor, router_logits: Tensor, expert_map: Tensor | None = None
+    ) -> Tensor:
+        if router_logits.dtype not in (torch.bfloat16, torch.float32):
+            router_logits = router_logits.float()
+        return self._layer(prepared, x, router_logits.contiguous(), None, None, expert_map)
+
+    def _layer(
+        self,
+        prepared: Prepared,
+        x: Tensor,
+        router_logits: Tensor | None,
+        topk_ids: Tensor | None,
+        topk_weights: Tensor | None,
+        expert_map: Tensor | None,
+    ) -> Tensor:
+        return torch.ops.mxfp4_sm120.moe_layer(
+            x.contiguous(),
+            prepared["w13"],
+            prepared["w2"],
+            prepared.get("w13_bias"),
+            prepared.get("w2_bias"),
+            router_logits,
+            topk_ids,
+            topk_weights,
+            None if expert_map is None else expert_map.to(torch.int32),
+            self.shape.num_experts,
+            self.shape.top_k,
+            self.shape.activation is Activation.SWIGLU_OAI,
+            DEFAULT_CONFIG,
+        )
+
+
+def load() -> str:
+    """Load the library, once per process; the GPUs it was built for as CMake writes them ("90-real 120-virtual").
+
+    Raises OSError where it can't be loaded, RuntimeError for a stub that MXFP4_SM120_ALLOW_STUB_KERNEL doesn't allow.
+    """
+    architectures = _load()
+    if architectures == "stub" and not envs.ALLOW_STUB_KERNEL.get():
+        raise RuntimeError(
+            f"it is a stub without GPU code: run kernels/build.sh, or set {envs.ALLOW_STUB_KERNEL.name}=1 to get zeros"
+        )
+    return architectures
+
+
+@lru_cache
+def _load() -> str:
+    torch.ops.load_library(LIBRARY)
+    torch.library.register_fake("mxfp4_sm120::moe", _fake_moe)
+    torch.library.register_fake("mxfp4_sm120::moe_layer", _fake_moe_layer, lib=_define_layer())
+    architectures = torch.ops.mxfp4_sm120.architectures()
+    if architectures == "stub":
+        warnings.warn(f"{LIBRARY} is a stub: its output is zeros, never an answer", stacklevel=2)
+    return architectures
+
+
+def covers(architectures: str, capability: tuple[int, int]) -> bool:
+    """Can a library built for `architectures` run on a GPU of `capability`?
+
+    Machine code runs on its own and later minors of its major, PTX on everything later; "120a" on 12.0 alone, and
+    "120f" on its family: CUDA C++ Programming Guide, compute capabilities.
+    """
+    for text in architectures.split():
+        match = re.fullmatch(r"(\d+)(\d)([af]?)(-real|-virtual)?", text)
+        if match is None:
+            continue
+        built, variant, kind = (int(match[1]), int(match[2])), match[3], match[4]
+        if variant == "a":
+            runs = capability == built
+        elif variant == "f" or kind == "-real":
+            runs = capability[0] == built[0] and capability >= built
+        else:
+            runs = capability >= built
+        if runs:
+            return True
+    return False
+
+
+# The library's `moe` takes its workspace and output from the caller. `moe_layer` is what is called: it brings both, so
+# that torch.compile and CUDA graphs see one functional op.
+
+_ARGUMENTS = (
+    "Tensor x, Tensor w13, Tensor w2, Tensor? w13_bias, Tensor? w2_bias, Tensor? router_logits, Tensor? topk_ids, "
+    "Tensor? topk_weights, Tensor? expert_map, int num_experts, int top_k, bool swiglu_oai, int config"
+)
+
+
+@lru_cache
+def _define_layer() -> torch.library.Library:
+    library = torch.library.Library("mxfp4_sm120", "FRAGMENT")
+    library.define(f"moe_layer({_ARGUMENTS}) -> Tensor", tags=(torch.Tag.pt2_compliant_tag,))
+    # One implementation for all devices: on a CPU the library says that it needs CUDA.
+    library.impl("moe_layer", _moe_layer, "CompositeExplicitAutograd")
+    return library
+
+
+def _moe_layer(
+    x: Tensor,
+    w13: Tensor,
+    w2: Tensor,
+    w13_bias: Tensor | None,
+    w2_bias: Tensor | None,
+    router_logits: Tensor | None,
+    topk_ids: Tensor | None,
+    topk_weights: Tensor | None,
+    expert_map: Tensor | None,
+    num_experts: int,
+    top_k: int,
+    swiglu_oai: bool,
+    config: int,
+) -> Tensor:
+    out = torch.empty_like(x)
+    # At least what one token needs, and for a power of two of tokens: then workspaces together are at most twice the
+    # largest, however the token count grows.
+    tokens = 1 << max(x.shape[0] - 1, 0).bit_length()
+    bytes_needed = _workspace_bytes(tokens, x.shape[1], w2.shape[2] * 32, num_experts, w2.shape[0], top_k)
+    torch.ops.mxfp4_sm120.moe(
+        x,
+        w13,
+        w2,
+        w13_bias,
+        w2_bias,
+        router_logits,
+        topk_ids,
+        topk_weights,
+        expert_map,
+        _workspace(x.device, bytes_needed),
+        num_experts,
+        top_k,
+        swiglu_oai,
+        config,
+        out,
+    )
+    return out
+
+
+def _fake_moe_layer(x: Tensor, *arguments) -> Tensor:
+    return torch.empty_like(x)
+
+
+def _fake_moe(*arguments) -> None:
+    return None
+
+
+@lru_cache
+def _workspace_bytes(*sizes: int) -> int:
+    return torch.ops.mxfp4_sm120.workspace_bytes(*sizes)
+
+
+# A device's workspaces, the last the largest. All layers share it: they run one after the other. Outgrown ones are
+# kept, since CUDA graphs captured with them will write there.
+_workspaces: dict[torch.device, list[Tensor]] = {}
+
+
+def _workspace(device: torch.device, bytes_needed: int) -> Tensor:
+    """Zeroed once, of at least `bytes_needed`. Raises RuntimeError rather than allocate inside a CUDA graph capture."""
+    kept = _workspaces.setdefault(device, [])
+    have = kept[-1].numel() if kept else 0
+    if have < bytes_needed:
+        if device.type == "cuda" and torch.cuda.is_current_stream_capturing():
+            raise RuntimeError(
+                f"the native kernels' workspace has {have} bytes and this CUDA graph needs {bytes_needed}: "
+                "run the layer once with as many tokens before capturing"
+            )
+        kept.append(torch.zeros(bytes_needed, dtype=torch.uint8, device=device))
+    return kept[-1]
