@@ -1,8 +1,34 @@
 """The package, and the CUDA library where this machine can build it."""
 
+import runpy
+import sysconfig
+from pathlib import Path
+
 from setuptools import find_packages, setup
+from setuptools.command.bdist_wheel import bdist_wheel
+from setuptools.command.build_py import build_py
 
 VERSION = "0.1.0"
+KERNELS = runpy.run_path(str(Path(__file__).parent / "kernels" / "setup.py"))
+
+
+class BuildPy(build_py):
+    """The library first: wheels and editable installs then both hold it."""
+
+    def run(self):
+        KERNELS["build"]()
+        super().run()
+
+
+class Wheel(bdist_wheel):
+    """With the library, a wheel is for one platform, but for every Python: it needs torch's stable ABI, no Python's."""
+
+    def get_tag(self):
+        python, abi, platform = super().get_tag()
+        if KERNELS["LIBRARY"].exists():
+            platform = sysconfig.get_platform().replace("-", "_").replace(".", "_")
+        return python, abi, platform
+
 
 setup(
     name="vllm-mxfp4-sm120",
@@ -19,6 +45,7 @@ setup(
         "test": ["hypothesis", "mypy", "pytest", "ruff", "transformers"],
         "bench": ["rich"],
     },
+    cmdclass={"build_py": BuildPy, "bdist_wheel": Wheel},
     entry_points={
         "vllm.general_plugins": ["mxfp4_sm120 = vllm_mxfp4_sm120.plugin:register"],
         "console_scripts": ["mxfp4-sm120 = vllm_mxfp4_sm120.cli.__main__:main"],
