@@ -108,17 +108,21 @@ def matmul(x: Tensor, codes: Tensor, scales: Tensor, bias: Tensor | None, expert
     out = torch.zeros(x.shape[0], codes.shape[0], dtype=torch.float32, device=x.device)
     if bias is not None:
         out += bias[expert]
-    # Torch multiplies BF16 into float32 only on CUDA; on the CPU tiles are decoded to float32 instead.
-    dtype = x.dtype if x.is_cuda else torch.float32
-    x = x.to(dtype)
+    x = x.to(x.dtype if x.is_cuda else torch.float32)
     for k in range(0, x.shape[1], TILE_K):
         x_tile = x[:, k : k + TILE_K]
         in_bytes, in_blocks = slice(k // 2, (k + TILE_K) // 2), slice(k // mxfp4.BLOCK, (k + TILE_K) // mxfp4.BLOCK)
         for row in range(0, codes.shape[0], TILE_ROWS):
             rows = slice(row, row + TILE_ROWS)
-            tile = mxfp4.dequantize(codes[rows, in_bytes], scales[rows, in_blocks], dtype)
-            if x.is_cuda:
-                out[:, rows] += torch.mm(x_tile, tile.T, out_dtype=torch.float32)
-            else:
-                out[:, rows].addmm_(x_tile, tile.T)
+            _add_tile(out[:, rows], x_tile, codes[rows, in_bytes], scales[rows, in_blocks])
     return out
+
+
+def _add_tile(out: Tensor, x: Tensor, codes: Tensor, scales: Tensor) -> None:
+    """Decode one tile and add x @ tile.T to out. A function of its own, so that the tile is gone before the next."""
+    # Torch multiplies BF16 into float32 only on CUDA; on the CPU x came in float32, and so does the tile.
+    tile = mxfp4.dequantize(codes, scales, x.dtype)
+    if x.is_cuda:
+        out += torch.mm(x, tile.T, out_dtype=torch.float32)
+    else:
+        out.addmm_(x, tile.T)
