@@ -109,7 +109,7 @@ def select(machine: Machine, shape: MoEShape, request: Request = Request()) -> C
 
     Raises ValueError, with every reason, when nothing can run or when the backend that was asked for can't.
     """
-    looked_at = []
+    looked_at: list[Candidate] = []
     for name in order(machine, request):
         candidate = look_at(name, machine, shape, request)
         if candidate.reason is None:

@@ -21,11 +21,11 @@ class Backend(ABC):
     """
 
     name: ClassVar[str]
-    # May a forward pass be captured in a CUDA graph: fixed launches, no host synchronisation, no allocation that depends on data.
+    # May a forward pass be captured in a CUDA graph: fixed launches, no host sync, no allocation that depends on data.
     capturable: ClassVar[bool]
-    # Does it run kernels of its own, which can hang or take the process with them: then its proof runs in a child process first.
+    # Does it run kernels of its own, which can hang or kill a process: then its proof runs in a child process.
     compiled: ClassVar[bool] = True
-    # Largest relative error (Frobenius) against the float64 reference that its proof accepts: BF16 rounding gives 2e-3 to 4e-3.
+    # Largest relative error (Frobenius) against the float64 reference that its proof accepts; BF16 rounding makes 4e-3.
     tolerance: ClassVar[float] = 1e-2
 
     def __init__(self, shape: MoEShape) -> None:
