@@ -56,7 +56,7 @@ def configure_torch() -> None:
 
     Call it in every process before CUDA is initialised, and only when this plugin serves the model: they hold for all
     of torch. Calling again changes nothing, and what the user set stays.
-    - Expandable segments: loading rearranges weights layer by layer, and without them the holes stay reserved. vLLM
+    - Expandable segments, so that memory freed while a layer's weights are rearranged fits whatever comes next. vLLM
       refuses them together with a KV connector; PYTORCH_CUDA_ALLOC_CONF=expandable_segments:False is then the way out.
     - TF32 for the matmuls that stay in float32, through vLLM's own setting, which its workers apply at their start.
     """

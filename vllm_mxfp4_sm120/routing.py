@@ -11,7 +11,7 @@ from torch import Tensor
 from vllm_mxfp4_sm120 import envs
 from vllm_mxfp4_sm120.moe import topk_softmax
 
-# How far a token's gates may sum from 1: BF16 gates of k = 4 are off by up to 4 * 2^-9 / 4.
+# How far from 1 a token's gates may sum: rounding to BF16 moves each by up to 2^-8 of itself, and so their sum.
 GATE_SUM_TOLERANCE = 1e-2
 
 ACCEPTED = (
