@@ -19,6 +19,10 @@ COMMANDS = {
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command. Returns the process's exit status: 0, or 1 with the reason on stderr."""
     arguments = list(sys.argv[1:] if argv is None else argv)
+    passed_on: list[str] = []
+    if "--" in arguments:  # argparse mixes what follows with a command's own options
+        here = arguments.index("--")
+        arguments, passed_on = arguments[:here], arguments[here + 1 :]
     parser = argparse.ArgumentParser(prog="mxfp4-sm120", description="MXFP4 GPT-OSS experts for vLLM")
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
     for name, summary in COMMANDS.items():
@@ -26,7 +30,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         if name in arguments[:1]:
             module = importlib.import_module(f"vllm_mxfp4_sm120.cli.{name.replace('-', '_')}")
             module.add_arguments(command)
-    args = parser.parse_args(arguments)
+    args = parser.parse_args(arguments, argparse.Namespace(passed_on=passed_on))
     try:
         return module.run(args)
     except (ValueError, RuntimeError, OSError) as error:

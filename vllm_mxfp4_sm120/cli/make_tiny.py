@@ -8,17 +8,29 @@ from __future__ import annotations
 import argparse
 import json
 import math
-import os
-import shutil
-import tempfile
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import save_file
 from torch import Tensor
 
-from vllm_mxfp4_sm120 import config_path, mxfp4
+from vllm_mxfp4_sm120 import config_path
+from vllm_mxfp4_sm120.checkpoint import Sizes, Writer
+from vllm_mxfp4_sm120.moe import MoEShape, MoEWeights
+from vllm_mxfp4_sm120.mxfp4 import SCALE_BIAS
+
+SEED = 0
+# How much each part adds to the residual stream, whose embeddings have unit size.
+ATTENTION_GAIN, GATE_UP_GAIN, DOWN_GAIN = 0.5, 1.5, 0.8
+# Two programs round differently, so nothing that is decided may be close. With plain random weights it often is: the
+# best of hundreds of tokens wins by less than BF16 resolves, the fourth expert leads the fifth by as little, and a test
+# that compares tokens would be a lottery. So the output layer favours one token after every other, by FAVOUR against
+# chance, and the first dimensions of an embedding, one for each expert, hold the token's scores for them: nothing
+# else writes there, the router reads nothing else, and the chosen lead the rest by a margin.
+FAVOUR = 2.0
+# The size of the logits: BF16, in which engines compute them, resolves a hundredth only while they are below 2.
+LOGIT_GAIN = 0.04
 
 # What the tokenizer learns its merges from. Any English would do.
 TEXT = """
@@ -33,7 +45,7 @@ SPECIAL_TOKENS = ("<|startoftext|>", "<|endoftext|>", "<|return|>", "<|call|>")
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("directory", type=Path, help="where the checkpoint goes; must not exist yet")
-    parser.add_argument("--seed", type=int, default=0, help="of the weights (default 0)")
+    parser.add_argument("--seed", type=int, default=SEED, help=f"of the weights (default {SEED})")
     parser.add_argument("--config", type=Path, default=config_path("tiny", "config.json"), help="its config.json")
 
 
@@ -43,80 +55,90 @@ def run(args: argparse.Namespace) -> int:
     return 0
 
 
-def make_tiny(directory: Path, config: dict[str, Any], seed: int = 0) -> None:
-    """Write the checkpoint, whole or not at all. Raises FileExistsError if there is something under that name."""
-    if directory.exists():
-        raise FileExistsError(f"{directory} already exists: remove it or choose another name")
-    directory.parent.mkdir(parents=True, exist_ok=True)
-    draft = Path(tempfile.mkdtemp(prefix=f".{directory.name}-", dir=directory.parent))
-    try:
-        save_file(tensors(config, seed), draft / "model.safetensors", metadata={"format": "pt"})
-        (draft / "config.json").write_text(json.dumps(config, indent=2) + "\n")
-        generation = {key: config[key] for key in ("bos_token_id", "eos_token_id", "pad_token_id")}
-        (draft / "generation_config.json").write_text(json.dumps(generation, indent=2) + "\n")
-        write_tokenizer(draft, config["vocab_size"])
-        draft.chmod(0o755)
-        os.replace(draft, directory)
-    except BaseException:
-        shutil.rmtree(draft, ignore_errors=True)
-        raise
-
-
-def tensors(config: dict[str, Any], seed: int) -> dict[str, Tensor]:
-    """Every tensor of the checkpoint, scaled so that attention and experts each add as much as they are given.
-
-    The output layer favours, for every token, one other token, its own embedding shuffled: without that the best of
-    hundreds of random scores would often win by less than BF16 resolves, and no two programs would agree on it.
-    """
+def make_tiny(directory: Path, config: dict[str, Any], seed: int = SEED) -> None:
+    """Write the checkpoint, whole or not at all. Raises ValueError if `directory` exists and is not empty."""
     generator = torch.Generator().manual_seed(seed)
-    hidden, intermediate, vocab = config["hidden_size"], config["intermediate_size"], config["vocab_size"]
-    experts, heads, kv_heads = config["num_local_experts"], config["num_attention_heads"], config["num_key_value_heads"]
-    head = config["head_dim"]
-
-    def normal(*shape: int, std: float) -> Tensor:
-        return (torch.randn(*shape, generator=generator) * std).bfloat16()
-
-    def packed(rows: int, k: int, std: float) -> tuple[Tensor, Tensor]:
-        """Blocks uint8 [E, rows, K/32, 16] and scales uint8 [E, rows, K/32] of random codes, values' deviation near `std`."""
-        middle = mxfp4.SCALE_BIAS + round(math.log2(std / 3))  # codes have a standard deviation near 3
-        blocks = torch.randint(0, 256, (experts, rows, k // mxfp4.BLOCK, mxfp4.BLOCK // 2), generator=generator)
-        scales = torch.randint(middle - 1, middle + 2, (experts, rows, k // mxfp4.BLOCK), generator=generator)
-        return blocks.to(torch.uint8), scales.to(torch.uint8)
-
-    embedding = normal(vocab, hidden, std=1.0)
-    shuffled = embedding[torch.randperm(vocab, generator=generator)]
-    state = {
-        "model.embed_tokens.weight": embedding,
-        "model.norm.weight": normal(hidden, std=0.05) + 1,
-        "lm_head.weight": ((shuffled.float() * OWN + normal(vocab, hidden, std=1.0)) * LOGITS / math.sqrt(hidden)).bfloat16(),
-    }
-    for layer in range(config["num_hidden_layers"]):
-        prefix = f"model.layers.{layer}."
-        for name, rows in (("q", heads * head), ("k", kv_heads * head), ("v", kv_heads * head)):
-            state[f"{prefix}self_attn.{name}_proj.weight"] = normal(rows, hidden, std=hidden**-0.5)
-            state[f"{prefix}self_attn.{name}_proj.bias"] = normal(rows, std=0.1)
-        state[f"{prefix}self_attn.o_proj.weight"] = normal(hidden, heads * head, std=0.5 * (heads * head) ** -0.5)
-        state[f"{prefix}self_attn.o_proj.bias"] = normal(hidden, std=0.1)
-        state[f"{prefix}self_attn.sinks"] = normal(heads, std=1.0)
-        state[f"{prefix}input_layernorm.weight"] = normal(hidden, std=0.05) + 1
-        state[f"{prefix}post_attention_layernorm.weight"] = normal(hidden, std=0.05) + 1
-        state[f"{prefix}mlp.router.weight"] = normal(experts, hidden, std=ROUTER * hidden**-0.5)
-        state[f"{prefix}mlp.router.bias"] = normal(experts, std=0.1)
-        for name, rows, k, gain in (("gate_up_proj", 2 * intermediate, hidden, 1.5), ("down_proj", hidden, intermediate, DOWN)):
-            blocks, scales = packed(rows, k, std=gain * k**-0.5)
-            state[f"{prefix}mlp.experts.{name}_blocks"] = blocks
-            state[f"{prefix}mlp.experts.{name}_scales"] = scales
-            state[f"{prefix}mlp.experts.{name}_bias"] = normal(experts, rows, std=0.2 * gain)
-    return state
+    with Writer(directory) as writer:
+        for name, tensor in ends(config, generator):
+            writer.add(name, tensor)
+        for layer in range(config["num_hidden_layers"]):
+            for name, tensor in attention_and_router(config, generator):
+                writer.add(f"model.layers.{layer}.{name}", tensor)
+            writer.add_experts(layer, random_experts(Sizes.from_config(config).layer, generator))
+        writer.write_json("config.json", config)
+        special = {key: config[key] for key in ("bos_token_id", "eos_token_id", "pad_token_id")}
+        writer.write_json("generation_config.json", special)
+        write_tokenizer(writer.draft, config["vocab_size"])
 
 
-# Strength of the favoured token against chance, and the size of the logits: small enough that BF16, in which engines
-# compute them, resolves a hundredth.
-OWN, LOGITS, ROUTER, DOWN = 2.0, 0.05, 2.0, 0.6
+def normal(generator: torch.Generator, *shape: int, std: float, mean: float = 0.0) -> Tensor:
+    return (torch.randn(*shape, generator=generator) * std + mean).bfloat16()
+
+
+def ends(config: dict[str, Any], generator: torch.Generator) -> Iterator[tuple[str, Tensor]]:
+    """Embedding, final norm and output layer.
+
+    For every token the output layer favours one other: it holds the embeddings, shuffled. With plain random weights the
+    best of hundreds of scores would often win by less than BF16 resolves, and no two programs would agree on it.
+    """
+    hidden, vocab = config["hidden_size"], config["vocab_size"]
+    embedding = normal(generator, vocab, hidden, std=1.0)
+    embedding[:, : config["num_local_experts"]] = expert_scores(config, generator)
+    favourite = embedding[torch.randperm(vocab, generator=generator)].float()
+    chance = normal(generator, vocab, hidden, std=1.0).float()
+    yield "model.embed_tokens.weight", embedding
+    yield "model.norm.weight", normal(generator, hidden, std=0.05, mean=1.0)
+    yield "lm_head.weight", ((FAVOUR * favourite + chance) * LOGIT_GAIN * hidden**-0.5).bfloat16()
+
+
+def expert_scores(config: dict[str, Any], generator: torch.Generator) -> Tensor:
+    """[vocab, experts]: every token likes `num_experts_per_tok` experts, each differently, and none of the others."""
+    experts, chosen = config["num_local_experts"], config["num_experts_per_tok"]
+    shape = (config["vocab_size"], experts)
+    ranked = torch.cat((1.5 + torch.arange(chosen) / 2, torch.full((experts - chosen,), -1.0)))
+    places = torch.rand(shape, generator=generator).argsort(dim=-1)
+    return ranked[places] + 0.25 * torch.rand(shape, generator=generator)
+
+
+def attention_and_router(config: dict[str, Any], generator: torch.Generator) -> Iterator[tuple[str, Tensor]]:
+    """One layer's tensors other than its experts, by their names within the layer."""
+    hidden, experts, head = config["hidden_size"], config["num_local_experts"], config["head_dim"]
+    heads, kv_heads = config["num_attention_heads"], config["num_key_value_heads"]
+    for name, rows in (("q_proj", heads * head), ("k_proj", kv_heads * head), ("v_proj", kv_heads * head)):
+        yield f"self_attn.{name}.weight", normal(generator, rows, hidden, std=hidden**-0.5)
+        yield f"self_attn.{name}.bias", normal(generator, rows, std=0.1)
+    out_std = ATTENTION_GAIN * (heads * head) ** -0.5
+    out, out_bias = normal(generator, hidden, heads * head, std=out_std), normal(generator, hidden, std=0.1)
+    out[:experts], out_bias[:experts] = 0, 0
+    yield "self_attn.o_proj.weight", out
+    yield "self_attn.o_proj.bias", out_bias
+    yield "self_attn.sinks", normal(generator, heads, std=1.0)
+    yield "input_layernorm.weight", normal(generator, hidden, std=0.05, mean=1.0)
+    yield "post_attention_layernorm.weight", normal(generator, hidden, std=0.05, mean=1.0)
+    yield "mlp.router.weight", torch.eye(experts, hidden, dtype=torch.bfloat16)
+    yield "mlp.router.bias", normal(generator, experts, std=0.1)
+
+
+def random_experts(shape: MoEShape, generator: torch.Generator) -> MoEWeights:
+    """Experts of random codes, and of scales from three neighbouring powers of two that give each GEMM its gain."""
+    weights = MoEWeights.empty(shape, "cpu")
+    for codes, scales, bias, gain in (
+        (weights.w13, weights.w13_scale, weights.w13_bias, GATE_UP_GAIN),
+        (weights.w2, weights.w2_scale, weights.w2_bias, DOWN_GAIN),
+    ):
+        k = 2 * codes.shape[-1]
+        middle = SCALE_BIAS + round(math.log2(gain * k**-0.5 / 3))  # random codes have a standard deviation near 3
+        codes.copy_(torch.randint(0, 256, codes.shape, generator=generator))
+        scales.copy_(torch.randint(middle - 1, middle + 2, scales.shape, generator=generator))
+        if bias is not None:
+            bias.copy_(normal(generator, *bias.shape, std=0.2 * gain))
+    weights.w2[:, : shape.num_experts] = 0
+    weights.w2_bias[:, : shape.num_experts] = 0
+    return weights
 
 
 def write_tokenizer(directory: Path, vocab_size: int) -> None:
-    """A byte-level BPE over printable ASCII, as PreTrainedTokenizerFast loads it: what a random model says is readable."""
+    """A byte-level BPE over printable ASCII, so that what a random model says can be read. Raises ValueError."""
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
     tokenizer = Tokenizer(models.BPE())
@@ -130,7 +152,8 @@ def write_tokenizer(directory: Path, vocab_size: int) -> None:
     )
     tokenizer.train_from_iterator([TEXT], trainer)
     if tokenizer.get_vocab_size() != vocab_size:
-        raise ValueError(f"vocab_size {vocab_size} is too large for the text: only {tokenizer.get_vocab_size()} tokens come of it")
+        most = tokenizer.get_vocab_size()
+        raise ValueError(f"vocab_size is {vocab_size}, expected at most {most}: the tokenizer's text has no more in it")
     tokenizer.save(str(directory / "tokenizer.json"))
     names = {
         "tokenizer_class": "PreTrainedTokenizerFast",

@@ -9,10 +9,12 @@ import torch
 from vllm.model_executor.layers.fused_moe import RoutedExperts
 from vllm.model_executor.layers.linear import LinearBase, UnquantizedLinearMethod
 from vllm.model_executor.layers.quantization.base_config import QuantizationConfig, QuantizeMethodBase
+from vllm.platforms import current_platform
+
+from vllm_mxfp4_sm120 import envs
+from vllm_mxfp4_sm120.checkpoint import INDEX, MODEL_TYPE, QUANT_METHODS, Checkpoint, Packing, Sizes
 
 NAME = "mxfp4_sm120"
-# What checkpoints say, and what vLLM rewrites it to for GPT-OSS.
-CHECKPOINT_METHODS = ("mxfp4", "gpt_oss_mxfp4")
 
 
 class Mxfp4Sm120Config(QuantizationConfig):
@@ -49,23 +51,28 @@ class Mxfp4Sm120Config(QuantizationConfig):
     def override_quantization_method(
         cls, hf_quant_cfg: dict[str, Any], user_quant: str | None, hf_config: Any = None
     ) -> str | None:
-        """Claim what the user asked for by name. `maybe_update_config` refuses what can't be served, with the reason."""
-        return NAME if user_quant == NAME else None
+        """Claim what the user asked for by name, and on SM 12.x every packed GPT-OSS for which no name was given.
+
+        What was asked for and can't be served is refused, with the reason, in `maybe_update_config`.
+        """
+        ours = user_quant is None and envs.AUTO.get() and current_platform.is_device_capability_family(120)
+        packed_gpt_oss = (
+            getattr(hf_config, "model_type", None) == MODEL_TYPE and hf_quant_cfg.get("quant_method") in QUANT_METHODS
+        )
+        return NAME if user_quant == NAME or (ours and packed_gpt_oss) else None
 
     def maybe_update_config(self, model_name: str, hf_config: Any = None, revision: str | None = None) -> None:
-        """Refuse, before any weight is read, what this plugin can't serve. Raises ValueError."""
-        model_type = getattr(hf_config, "model_type", None)
-        if model_type != "gpt_oss":
-            raise ValueError(
-                f"--quantization {NAME} serves GPT-OSS only: {model_name} has model_type {model_type!r}, expected "
-                "'gpt_oss'; leave the option out for this model"
-            )
-        method = (self.checkpoint or {}).get("quant_method")
-        if method not in CHECKPOINT_METHODS:
-            raise ValueError(
-                f"--quantization {NAME} serves MXFP4 checkpoints only: {model_name} has quant_method {method!r} in "
-                "config.json, expected 'mxfp4'; leave the option out, or use a checkpoint with packed experts"
-            )
+        """Refuse, before any weight is read, what this plugin can't serve. Raises ValueError.
+
+        A local checkpoint's headers are checked too; one that is still to be fetched is checked as it loads.
+        """
+        config = hf_config.to_dict() if hf_config is not None else {}
+        Sizes.from_config(config, model_name)
+        Packing.from_config(self.checkpoint, model_name)
+        directory = Path(model_name)
+        # Without weights there, vLLM may have been told to invent them (--load-format dummy).
+        if directory.is_dir() and (any(directory.glob("*.safetensors")) or (directory / INDEX).exists()):
+            Checkpoint(directory)
 
     def get_quant_method(self, layer: torch.nn.Module, prefix: str) -> QuantizeMethodBase | None:
         from vllm_mxfp4_sm120.quantization.fused_moe import Mxfp4Sm120MoEMethod

@@ -16,6 +16,7 @@ from vllm.model_executor.utils import set_weight_attrs
 
 from vllm_mxfp4_sm120 import mxfp4, selector
 from vllm_mxfp4_sm120.backends.base import Backend
+from vllm_mxfp4_sm120.checkpoint import check_scales
 from vllm_mxfp4_sm120.moe import Activation, MoEShape, MoEWeights
 from vllm_mxfp4_sm120.platform import Machine
 
@@ -42,7 +43,6 @@ class Mxfp4Sm120MoEMethod(FusedMoEMethodBase):
     weight_dtype = "mxfp4"
 
     backend: Backend
-    weights: MoEWeights
     prepared: dict[str, Tensor]
 
     def __init__(self, moe: FusedMoEConfig, prefix: str) -> None:
@@ -92,9 +92,9 @@ class Mxfp4Sm120MoEMethod(FusedMoEMethodBase):
         logger.info_once("mxfp4_sm120: %s", choice)
         self.backend = choice.backend(shape)
         never_capture_unless(self.backend)
-        self.weights = MoEWeights.empty(shape, torch.get_default_device())
+        weights = MoEWeights.empty(shape, torch.get_default_device())
         for name, field in LOADED.items():
-            tensor = getattr(self.weights, field)
+            tensor = getattr(weights, field)
             if tensor is not None:
                 parameter = torch.nn.Parameter(tensor, requires_grad=False)
                 set_weight_attrs(parameter, {**extra_weight_attrs, "weight_loader": Loader(layer)})
@@ -105,7 +105,8 @@ class Mxfp4Sm120MoEMethod(FusedMoEMethodBase):
         weights = MoEWeights(
             **{field: getattr(layer, name).data for name, field in LOADED.items() if hasattr(layer, name)}
         )
-        del self.weights
+        for name, scales in (("gate_up_proj_scales", weights.w13_scale), ("down_proj_scales", weights.w2_scale)):
+            check_scales(f"{layer.layer_name}.{name}", scales)
         for name in LOADED:
             if hasattr(layer, name):
                 delattr(layer, name)

@@ -1,0 +1,47 @@
+"""One vLLM engine in a process of its own: a JSON task on stdin, a JSON result in the file named by argv[1].
+
+Task: {"engine": LLM's keyword arguments, "prompts": [[token id]], "max_tokens": n}.
+Result: {"quantization": ..., "layers": [{layer: [method, backend]} per rank], "tokens": [[id]], "logprobs": [[x]]}.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+
+
+def who_answers(model) -> dict[str, list[str | None]]:
+    """For each MoE layer, the class of its method and the name of its backend."""
+    return {
+        name: [
+            type(module.quant_method).__qualname__,
+            getattr(getattr(module.quant_method, "backend", None), "name", None),
+        ]
+        for name, module in model.named_modules()
+        if name.endswith("routed_experts")
+    }
+
+
+def main() -> None:
+    from vllm import LLM, SamplingParams
+
+    task = json.load(sys.stdin)
+    llm = LLM(**task["engine"])
+    sampling = SamplingParams(temperature=0.0, max_tokens=task["max_tokens"], ignore_eos=True, logprobs=0)
+    prompts = [{"prompt_token_ids": ids} for ids in task["prompts"]]
+    outputs = [request.outputs[0] for request in llm.generate(prompts, sampling, use_tqdm=False)]
+    result = {
+        "quantization": llm.llm_engine.model_config.quantization,
+        "layers": llm.apply_model(who_answers),
+        "tokens": [list(output.token_ids) for output in outputs],
+        "logprobs": [
+            [step[token].logprob for step, token in zip(output.logprobs, output.token_ids, strict=True)]
+            for output in outputs
+        ],
+    }
+    Path(sys.argv[1]).write_text(json.dumps(result))
+
+
+if __name__ == "__main__":
+    main()
