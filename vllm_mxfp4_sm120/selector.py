@@ -134,7 +134,7 @@ def order(machine: Machine, request: Request = Request()) -> tuple[str, ...]:
 def look_at(name: str, machine: Machine, shape: MoEShape, request: Request = Request()) -> Candidate:
     """Can this backend run that shape here, and has it proved itself? `reason` says why not."""
     if name == "triton" and request.disable_triton:
-        return Candidate(name, f"switched off by {envs.DISABLE_TRITON_MOE.name}=1")
+        return Candidate(name, "switched off (disable_triton_moe)")
     backend = load(name)
     reason = machine.why_unsupported() or backend.why_not(machine, shape)
     if reason is None and request.proof:

@@ -73,8 +73,8 @@ class FlashInferTrtllm(Backend):
         """Everything the call reads, made expert by expert: only one expert's padded copy exists beside the result.
 
         w13 uint8 [E, 2I', H'/2], w13_scale [E, 2I', H'/32], w13_bias float32 [E, 2I'], w2 uint8 [E, H', I'/2], w2_scale
-        and w2_bias likewise; alpha, beta, limit float32 [E]. H' and I' are padded with zeros. Scales are E8M0 bytes that
-        go by the name of float8_e4m3fn, as the call wants.
+        and w2_bias likewise; alpha, beta, limit float32 [E]. H' and I' are padded with zeros. Scales are E8M0 bytes
+        that go by the name of float8_e4m3fn, as the call wants.
         """
         shape, device = self.shape, weights.w13.device
         experts, rows13, rows2 = shape.local_experts, 2 * self.intermediate_size, self.hidden_size
@@ -114,7 +114,7 @@ class FlashInferTrtllm(Backend):
 
         topk_ids = topk_ids.int()
         if expert_map is not None:
-            # The call knows experts on other ranks by a range of ids. Any map becomes that: ours first, the rest behind.
+            # The call knows experts on other ranks by a range of ids. Any map becomes that: ours first, then the rest.
             local = expert_map[topk_ids.long()].int()
             topk_ids = torch.where(local >= 0, local, self.shape.local_experts)
         out = torch.empty_like(x)

@@ -1,0 +1,213 @@
+"""Which backend answers: machines x installed packages x settings, with every reason in full."""
+
+from types import SimpleNamespace
+
+import pytest
+
+from vllm_mxfp4_sm120 import proof, selector
+from vllm_mxfp4_sm120.backends import flashinfer_trtllm, native, triton
+from vllm_mxfp4_sm120.moe import MoEShape
+from vllm_mxfp4_sm120.platform import Machine, parse_cuda
+
+GPT_OSS = MoEShape(32, 32, 2880, 2880, 4)
+EVERY_CARD = "80-real 86-real 89-real 90-real 100-real 120-real 120-virtual"
+
+# What the reasons say, so that the table below can be read.
+NOT_BUILT = "the CUDA library isn't built: run kernels/build.sh, or install this package where nvcc is"
+NO_FLASHINFER = "FlashInfer is not installed (pip install flashinfer-python)"
+NO_TRITON = "Triton is not installed"
+NO_SM120 = "FlashInfer 0.7.2 has these kernels for SM 10.x only, none for sm_120"
+
+
+def machine(name):
+    capability, cuda = {
+        "RTX 5090": ((12, 0), "12.8"),
+        "RTX PRO 6000": ((12, 0), "13.0"),
+        "GB10": ((12, 1), "13.0"),
+        "B200": ((10, 0), "12.8"),
+        "B300": ((10, 3), "13.0"),
+        "H100": ((9, 0), "12.8"),
+        "A100": ((8, 0), "12.8"),
+        "L40S": ((8, 9), "12.8"),
+        "Thor": ((11, 0), "13.0"),
+        "T4": ((7, 5), "12.8"),
+        "RTX 5090, CUDA 12.6": ((12, 0), "12.6"),
+        "cpu": (None, None),
+    }[name]
+    return Machine(capability, parse_cuda(cuda), name.partition(",")[0])
+
+
+def install(monkeypatch, flashinfer=None, has_triton=True, library=EVERY_CARD, failing=()):
+    """Pretend that these are installed, and that the backends `failing` fail their proof, with that reason."""
+
+    def version(name):
+        if flashinfer is None:
+            raise flashinfer_trtllm.metadata.PackageNotFoundError(name)
+        return flashinfer
+
+    monkeypatch.setattr(
+        flashinfer_trtllm,
+        "metadata",
+        SimpleNamespace(version=version, PackageNotFoundError=flashinfer_trtllm.metadata.PackageNotFoundError),
+    )
+    monkeypatch.setattr(flashinfer_trtllm, "_import_error", lambda: None)
+    monkeypatch.setattr(triton, "triton", SimpleNamespace() if has_triton else None)
+    monkeypatch.setattr(native, "LIBRARY", SimpleNamespace(name="_native.so", exists=lambda: bool(library)))
+    monkeypatch.setattr(native, "load", lambda: library)
+    monkeypatch.setattr(proof, "why_not", lambda backend, machine, shape: dict(failing).get(backend.name))
+    selector.select.cache_clear()
+
+
+@pytest.fixture(autouse=True)
+def clean(monkeypatch):
+    for name in ("BACKEND", "USE_TRITON", "DISABLE_TRITON_MOE", "PROOF", "BASE_GPU_ID", "FORCE_UPCAST"):
+        monkeypatch.delenv(f"MXFP4_SM120_{name}", raising=False)
+    yield
+    selector.select.cache_clear()
+
+
+FAIL_FI = {"flashinfer_trtllm": "no answer within 180 s (MXFP4_SM120_PROOF_SECONDS)"}
+FAIL_NATIVE = {"native": "its process died (killed by SIGSEGV): it said nothing"}
+
+# machine, installed, environment, --moe-backend, --additional-config -> the whole line that goes to the log
+CHOSEN = [
+    ("RTX 5090", {}, {}, None, {},
+     f"MXFP4 experts on RTX 5090 (sm_120): native; not flashinfer_trtllm: {NO_FLASHINFER}"),
+    ("RTX 5090", {"flashinfer": "0.7.2"}, {}, None, {},
+     f"MXFP4 experts on RTX 5090 (sm_120): native; not flashinfer_trtllm: {NO_SM120}"),
+    ("RTX 5090", {"flashinfer": "0.8.0"}, {}, None, {}, "MXFP4 experts on RTX 5090 (sm_120): flashinfer_trtllm"),
+    ("RTX 5090", {"flashinfer": "0.8.0", "failing": FAIL_FI}, {}, None, {},
+     "MXFP4 experts on RTX 5090 (sm_120): native; not flashinfer_trtllm: "
+     "no answer within 180 s (MXFP4_SM120_PROOF_SECONDS)"),
+    ("RTX 5090", {"library": None}, {}, None, {},
+     f"MXFP4 experts on RTX 5090 (sm_120): triton; not flashinfer_trtllm: {NO_FLASHINFER}; not native: {NOT_BUILT}"),
+    ("RTX 5090", {"library": None}, {"DISABLE_TRITON_MOE": "1"}, None, {},
+     f"MXFP4 experts on RTX 5090 (sm_120): tiled; not flashinfer_trtllm: {NO_FLASHINFER}; not native: {NOT_BUILT}; "
+     "not triton: switched off (disable_triton_moe)"),
+    ("RTX 5090", {"library": None, "has_triton": False}, {}, None, {},
+     f"MXFP4 experts on RTX 5090 (sm_120): tiled; not flashinfer_trtllm: {NO_FLASHINFER}; not native: {NOT_BUILT}; "
+     f"not triton: {NO_TRITON}"),
+    ("RTX 5090", {}, {"USE_TRITON": "1"}, None, {}, "MXFP4 experts on RTX 5090 (sm_120): triton"),
+    ("RTX 5090", {"has_triton": False}, {"USE_TRITON": "1"}, None, {},
+     f"MXFP4 experts on RTX 5090 (sm_120): native; not triton: {NO_TRITON}; not flashinfer_trtllm: {NO_FLASHINFER}"),
+    ("RTX 5090", {"library": "80-real 90-real"}, {}, None, {},
+     f"MXFP4 experts on RTX 5090 (sm_120): triton; not flashinfer_trtllm: {NO_FLASHINFER}; not native: _native.so is "
+     "built for 80-real 90-real, not for sm_120: build it with TORCH_CUDA_ARCH_LIST=12.0 kernels/build.sh"),
+    ("RTX PRO 6000", {"failing": FAIL_NATIVE}, {}, None, {},
+     f"MXFP4 experts on RTX PRO 6000 (sm_120): triton; not flashinfer_trtllm: {NO_FLASHINFER}; not native: "
+     "its process died (killed by SIGSEGV): it said nothing"),
+    ("RTX PRO 6000", {"failing": FAIL_NATIVE}, {"PROOF": "0"}, None, {},
+     f"MXFP4 experts on RTX PRO 6000 (sm_120): native; not flashinfer_trtllm: {NO_FLASHINFER}"),
+    ("GB10", {}, {}, None, {},
+     f"MXFP4 experts on GB10 (sm_121): native; not flashinfer_trtllm: {NO_FLASHINFER}"),
+    ("GB10", {}, {"BACKEND": "tiled"}, None, {},
+     "MXFP4 experts on GB10 (sm_121): tiled, asked for by MXFP4_SM120_BACKEND"),
+    ("B200", {"flashinfer": "0.6.14"}, {}, None, {}, "MXFP4 experts on B200 (sm_100): flashinfer_trtllm"),
+    ("B200", {"flashinfer": "0.6.14"}, {"BACKEND": "flashinfer_trtllm_mxfp8"}, None, {},
+     "MXFP4 experts on B200 (sm_100): flashinfer_trtllm_mxfp8, asked for by MXFP4_SM120_BACKEND"),
+    ("B200", {"flashinfer": "0.6.9"}, {}, None, {},
+     "MXFP4 experts on B200 (sm_100): native; not flashinfer_trtllm: FlashInfer 0.6.9 is too old, 0.6.14 or newer is "
+     "needed"),
+    ("B300", {"flashinfer": "0.7.2"}, {}, None, {}, "MXFP4 experts on B300 (sm_103): flashinfer_trtllm"),
+    ("B300", {"flashinfer": "0.7.2"}, {}, None, {"mxfp4_sm120": {"backend": "native"}},
+     "MXFP4 experts on B300 (sm_103): native, asked for by --additional-config backend"),
+    ("H100", {"flashinfer": "0.7.2"}, {}, None, {}, "MXFP4 experts on H100 (sm_90): native"),
+    ("H100", {}, {}, "triton", {}, "MXFP4 experts on H100 (sm_90): triton, asked for by --moe-backend"),
+    ("H100", {}, {"BACKEND": "triton"}, "triton", {},
+     "MXFP4 experts on H100 (sm_90): triton, asked for by --moe-backend"),
+    ("H100", {}, {}, "auto", {"mxfp4_sm120": {"use_triton": True}}, "MXFP4 experts on H100 (sm_90): triton"),
+    ("A100", {"library": None}, {}, None, {"mxfp4_sm120": {"disable_triton_moe": True}},
+     f"MXFP4 experts on A100 (sm_80): tiled; not native: {NOT_BUILT}; "
+     "not triton: switched off (disable_triton_moe)"),
+    ("L40S", {}, {}, None, {}, "MXFP4 experts on L40S (sm_89): native"),
+    ("Thor", {}, {}, None, {},
+     "MXFP4 experts on Thor (sm_110): triton; not native: _native.so is built for 80-real 86-real 89-real 90-real "
+     "100-real 120-real 120-virtual, not for sm_110: build it with TORCH_CUDA_ARCH_LIST=11.0 kernels/build.sh"),
+    ("cpu", {}, {}, None, {}, "MXFP4 experts on cpu (cpu): tiled"),
+    ("cpu", {}, {"USE_TRITON": "1"}, None, {},
+     "MXFP4 experts on cpu (cpu): tiled; not triton: Triton needs an NVIDIA GPU"),
+    ("cpu", {}, {"BACKEND": "upcast"}, None, {},
+     "MXFP4 experts on cpu (cpu): upcast, asked for by MXFP4_SM120_BACKEND"),
+]  # fmt: skip
+
+
+def decide(monkeypatch, name, installed, environment, moe_backend, config):
+    install(monkeypatch, **installed)
+    for variable, value in environment.items():
+        monkeypatch.setenv(f"MXFP4_SM120_{variable}", value)
+    return selector.select(machine(name), GPT_OSS, selector.Request.from_user(moe_backend, config))
+
+
+@pytest.mark.parametrize("name, installed, environment, moe_backend, config, line", CHOSEN)
+def test_chosen(monkeypatch, name, installed, environment, moe_backend, config, line):
+    assert str(decide(monkeypatch, name, installed, environment, moe_backend, config)) == line
+
+
+REFUSED = [
+    ("RTX 5090", {"flashinfer": "0.7.2"}, {}, "flashinfer_trtllm", {},
+     f"--moe-backend asks for a backend that can't be used: flashinfer_trtllm: {NO_SM120}"),
+    ("RTX 5090", {"flashinfer": "0.8.0", "failing": FAIL_FI}, {"BACKEND": "flashinfer_trtllm"}, None, {},
+     "MXFP4_SM120_BACKEND asks for a backend that can't be used: flashinfer_trtllm: "
+     "no answer within 180 s (MXFP4_SM120_PROOF_SECONDS)"),
+    ("RTX 5090", {}, {"DISABLE_TRITON_MOE": "1"}, "triton", {},
+     "--moe-backend asks for triton and MXFP4_SM120_DISABLE_TRITON_MOE forbids it; keep one of them"),
+    ("RTX 5090", {}, {"DISABLE_TRITON_MOE": "1", "USE_TRITON": "1"}, None, {},
+     "MXFP4_SM120_USE_TRITON asks for triton and MXFP4_SM120_DISABLE_TRITON_MOE forbids it; keep one of them"),
+    ("RTX 5090", {}, {"BACKEND": "native"}, "triton", {},
+     "contradicting backends: --moe-backend says triton, MXFP4_SM120_BACKEND says native; keep one of them"),
+    ("RTX 5090, CUDA 12.6", {"flashinfer": "0.7.2"}, {}, None, {},
+     "no MXFP4 backend for RTX 5090 (sm_120): " + "; ".join(
+         f"{name}: torch is built for CUDA 12.6, RTX 5090 (sm_120) needs one for CUDA 12.8 or newer"
+         for name in ("flashinfer_trtllm", "native", "triton", "tiled"))),
+    ("T4", {}, {"BACKEND": "tiled"}, None, {},
+     "MXFP4_SM120_BACKEND asks for a backend that can't be used: tiled: T4 (sm_75) has no BF16 tensor cores: "
+     "a card of sm_80 or newer is needed"),
+    ("H100", {"library": None}, {"BACKEND": "native"}, None, {},
+     f"MXFP4_SM120_BACKEND asks for a backend that can't be used: native: {NOT_BUILT}"),
+    ("H100", {"flashinfer": "0.7.2"}, {}, "flashinfer_trtllm", {},
+     "--moe-backend asks for a backend that can't be used: flashinfer_trtllm: "
+     "its kernels are for SM 10.x, this is sm_90"),
+    ("H100", {}, {}, "marlin", {},
+     "--moe-backend marlin is not a backend of mxfp4_sm120 (auto, flashinfer_trtllm, triton): "
+     "for vLLM's own use --quantization gpt_oss_mxfp4 --moe-backend marlin"),
+    ("cpu", {}, {}, "triton", {},
+     "--moe-backend asks for a backend that can't be used: triton: Triton needs an NVIDIA GPU"),
+    ("cpu", {}, {"BACKEND": "fast"}, None, {},
+     "MXFP4_SM120_BACKEND='fast' is not accepted: expected one of auto, flashinfer_trtllm, flashinfer_trtllm_mxfp8, "
+     "native, triton, tiled, upcast"),
+    ("cpu", {}, {}, None, {"mxfp4_sm120": {"backend": "fast"}},
+     "--additional-config mxfp4_sm120 backend is 'fast', expected one of auto, flashinfer_trtllm, "
+     "flashinfer_trtllm_mxfp8, native, triton, tiled, upcast"),
+    ("cpu", {}, {}, None, {"mxfp4_sm120": {"backends": "tiled"}},
+     "--additional-config mxfp4_sm120 has 'backends', expected one of backend, use_triton, disable_triton_moe, proof"),
+    ("cpu", {}, {}, None, {"mxfp4_sm120": {"proof": "no"}},
+     "--additional-config mxfp4_sm120 proof is 'no', expected true or false"),
+    ("cpu", {}, {}, None, {"mxfp4_sm120": "tiled"},
+     "--additional-config mxfp4_sm120 is 'tiled', expected an object of "
+     "backend, use_triton, disable_triton_moe, proof"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("name, installed, environment, moe_backend, config, line", REFUSED)
+def test_refused(monkeypatch, name, installed, environment, moe_backend, config, line):
+    with pytest.raises(ValueError) as refused:
+        decide(monkeypatch, name, installed, environment, moe_backend, config)
+    assert str(refused.value) == line
+
+
+def test_every_backend_is_found_by_its_name():
+    for name in selector.MODULES:
+        assert selector.load(name).name == name
+
+
+def test_upcast_is_never_chosen_by_itself():
+    assert "upcast" not in {name for names in (*selector.ORDER.values(), selector.UNKNOWN_FAMILY) for name in names}
+
+
+def test_a_decision_is_made_once(monkeypatch):
+    install(monkeypatch)
+    proofs = []
+    monkeypatch.setattr(proof, "why_not", lambda backend, machine, shape: proofs.append(backend.name))
+    for _ in range(24):
+        selector.select(machine("H100"), GPT_OSS)
+    assert proofs == ["native"]
