@@ -1,0 +1,388 @@
+"""The CUDA library without a GPU: what it is compiled for, what is in its machine code, and how it loads.
+
+It is compiled once, by kernels/build.sh, for the oldest card, for the one it is measured on, and for the two it is for.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import runpy
+import shutil
+import subprocess
+import sys
+from importlib import metadata
+from pathlib import Path
+
+import pytest
+import torch
+
+from vllm_mxfp4_sm120.backends import native
+
+ROOT = Path(__file__).parents[2]
+KERNELS = ROOT / "kernels"
+ARCHITECTURES = {"sm_80", "sm_90", "sm_120", "sm_121"}
+
+# What one block may have on sm_86, sm_89 and SM 12.x (CUDA C++ Programming Guide, technical specifications): an SM
+# has 100 KB and the system keeps 1 per block. A100, H100 and B200 allow more; what stays within this runs on all.
+MAX_SHARED_BYTES = 99 * 1024
+
+# SASS for what every card from sm_80 can do: anything else fails, wgmma (HGMMA, WARPGROUP), tcgen05 (UTCHMMA, LDTM),
+# tensor TMA (UTMALDG), setmaxnreg (USETMAXREG), SM120a's block-scaled mma (OMMA, QMMA) and clusters (UCGABAR, MAPA)
+# among it. If a new compiler spells something harmless in a new way, see that SM 12.x has it and add it.
+PORTABLE = {
+    "integers, newer cards' uniform datapath included": """
+        IMAD IADD IADD3 ISETP LOP3 PLOP3 SHF LEA SEL MOV PRMT POPC IABS IMNMX VIADD VIMNMX VIMNMX3 VIADDMNMX FLO BREV
+        SGXT BMSK LEPC R2P P2R I2F I2FP F2I FRND CS2R S2R S2UR R2UR UMOV UIADD3 UIMAD UISETP ULEA ULOP3 UPLOP3 UPOPC
+        UPRMT
+        USEL USHF USGXT UFLO UBMSK UBREV UP2UR UR2UP UVIADD UVIMNMX UI2F UI2FP UF2I UFADD UFMUL UFFMA UFSETP UFSEL""",
+    "floats": """
+        FADD FMUL FFMA FSETP FSEL FMNMX FMNMX3 FCHK FADD2 FMUL2 FFMA2 MUFU F2F F2FP HADD2 HMUL2 HFMA2 HSETP2 HSET2
+        HMNMX2""",
+    "memory; LDGSTS is cp.async": """
+        LDG STG LDS STS LD ST LDC LDCU ULDC LDSM ATOM ATOMG ATOMS RED REDG LDGSTS LDGDEPBAR DEPBAR CCTL MEMBAR ERRBAR
+        CGAERRBAR FENCE""",
+    "control and warps": """
+        BRA BRX BRXU JMP CALL RET EXIT BSSY BSYNC BREAK WARPSYNC NANOSLEEP NOP YIELD BAR VOTE VOTEU SHFL MATCH REDUX
+        CREDUX
+        ELECT ENDCOLLECTIVE KILL BPT BMOV""",
+    "mma.sync": "HMMA",
+    "mbarriers, and from sm_90 on, SM 12.x included, bulk copies and dependent launches": """
+        SYNCS ARRIVES UBLKCP UBLKPF PREEXIT ACQBULK""",
+}
+ALLOWED = frozenset(" ".join(PORTABLE.values()).split())
+
+
+def foreign(sass: str) -> set[str]:
+    """The instructions of a SASS listing that are not on every card, with their modifiers."""
+    found = re.findall(r"^\s*/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\w+\s+)?([A-Z][A-Z0-9_]*)((?:\.\w+)*)", sass, re.MULTILINE)
+    # A bulk copy to several blocks of a cluster needs what SM 12.x lacks.
+    return {name + modifiers for name, modifiers in found if name not in ALLOWED or "MULTICAST" in modifiers}
+
+
+def run(*command: object, check: bool = True, **environment: str) -> subprocess.CompletedProcess[str]:
+    result = subprocess.run(
+        [str(part) for part in command], capture_output=True, text=True, env={**os.environ, **environment}
+    )
+    if check and result.returncode:
+        pytest.fail(f"{' '.join(map(str, command))} failed:\n{result.stdout[-4000:]}{result.stderr[-4000:]}")
+    return result
+
+
+def build(*options: object, **environment: str) -> subprocess.CompletedProcess[str]:
+    return run("bash", KERNELS / "build.sh", *options, PYTHON=sys.executable, **environment)
+
+
+def cuobjdump() -> object:
+    """From the CUDA toolkit, or the package of that name (the one in Triton 3.6 doesn't know sm_121)."""
+    on_path = shutil.which("cuobjdump")
+    if on_path is not None:
+        return on_path
+    package = "nvidia-cuda-cuobjdump"
+    program = next(file for file in metadata.files(package) or () if file.name == "cuobjdump")
+    return metadata.distribution(package).locate_file(program)
+
+
+@pytest.fixture(scope="session")
+def library(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    if runpy.run_path(str(KERNELS / "setup.py"))["nvcc"]() is None:
+        pytest.skip("nvcc isn't here to compile with")
+    path = tmp_path_factory.mktemp("native") / "_native.so"
+    build("--native", "-o", path, TORCH_CUDA_ARCH_LIST="8.0 9.0 12.0 12.1")
+    return path
+
+
+@pytest.fixture(scope="session")
+def stub(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("stub") / "_native.so"
+    build("--stub", "-o", path)
+    return path
+
+
+def in_a_new_process(library: Path, code: str, **environment: str) -> subprocess.CompletedProcess[str]:
+    """Run `code` with `native` looking for its library at `library`: a process can load only one."""
+    start = f"""
+import pathlib, torch
+from vllm_mxfp4_sm120.backends import native
+from vllm_mxfp4_sm120.moe import MoEShape, MoEWeights
+from vllm_mxfp4_sm120.platform import Machine
+native.LIBRARY = pathlib.Path({str(library)!r})
+shape = MoEShape(4, 4, 64, 32, 2)
+x, logits = torch.ones(3, 64, dtype=torch.bfloat16), torch.zeros(3, 4)
+"""
+    return run(sys.executable, "-c", start + code, check=False, **environment)
+
+
+# ---- what it is built for -------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("8.0;9.0 12.0+PTX", "80-real;90-real;120-real;120-virtual"),
+        ("12.0a", "120a-real"),
+        ("12.0f", "120f-real"),
+        ("Blackwell", "100-real;103-real;120-real;121-real;121-virtual"),
+        ("Hopper 9.0", "90-real;90-virtual"),
+        ("8.9,12.1", "89-real;121-real"),
+    ],
+)
+def test_torch_s_architecture_list(text: str, expected: str):
+    assert architectures(TORCH_CUDA_ARCH_LIST=text) == expected
+
+
+def test_cmake_s_own_choice_comes_first():
+    assert architectures(TORCH_CUDA_ARCH_LIST="9.0", CMAKE_CUDA_ARCHITECTURES="120a;89-real") == "120a;89-real"
+    said = run(
+        "cmake", "-DCMAKE_CUDA_ARCHITECTURES=86", "-P", KERNELS / "architectures.cmake", TORCH_CUDA_ARCH_LIST="9.0"
+    )
+    assert said.stderr.strip() == "86"
+
+
+@pytest.mark.parametrize("text", ["7.5", "12", "sm_120", "9.0 Volta", ";"])
+def test_an_architecture_that_cannot_be_is_refused(text: str):
+    said = run("cmake", "-P", KERNELS / "architectures.cmake", check=False, TORCH_CUDA_ARCH_LIST=text)
+    assert said.returncode != 0
+    assert "expected" in said.stderr and text.split()[-1] in said.stderr
+
+
+def test_the_default_is_one_binary_for_all(library: Path):
+    expected = "80-real;89-real;90-real;100-real;120-real;121-real;121-virtual"
+    assert architectures(TORCH_CUDA_ARCH_LIST="", CMAKE_CUDA_ARCHITECTURES="") == expected
+
+
+def architectures(**environment: str) -> str:
+    return run("cmake", "-P", KERNELS / "architectures.cmake", **environment).stderr.strip()
+
+
+@pytest.mark.parametrize(
+    ("built", "capability", "runs"),
+    [
+        ("80-real 90-real", (8, 6), True),
+        ("80-real 90-real", (9, 0), True),
+        ("80-real 90-real", (12, 0), False),
+        ("120-real", (12, 1), True),
+        ("121-real", (12, 0), False),
+        ("120a-real", (12, 0), True),
+        ("120a-real", (12, 1), False),
+        ("120f-real", (12, 1), True),
+        ("90-virtual", (12, 0), True),
+        ("90", (12, 0), True),
+        ("121-virtual", (9, 0), False),
+        ("stub", (9, 0), False),
+    ],
+)
+def test_which_cards_a_build_runs_on(built: str, capability: tuple[int, int], runs: bool):
+    assert native.covers(built, capability) is runs
+
+
+# ---- what is in it --------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="session")
+def resources(library: Path) -> dict[tuple[str, str], dict[str, int]]:
+    """(architecture, kernel) -> what the compiler gave it: REG, STACK, SHARED, LOCAL."""
+    found = {}
+    arch = kernel = ""
+    for line in run(cuobjdump(), "--dump-resource-usage", library).stdout.splitlines():
+        if match := re.match(r"arch = (\w+)", line):
+            arch = match[1]
+        elif match := re.match(r"\s*Function (\w+):", line):
+            kernel = match[1]
+        elif "REG:" in line:
+            found[arch, kernel] = {name: int(value) for name, value in re.findall(r"(\w+):(\d+)", line)}
+    return found
+
+
+@pytest.fixture(scope="session")
+def sass(library: Path) -> dict[str, str]:
+    """Architecture -> its machine code, as text."""
+    texts: dict[str, str] = {}
+    for part in run(cuobjdump(), "--dump-sass", library).stdout.split("\narch = ")[1:]:
+        arch = part.split(maxsplit=1)[0]
+        texts[arch] = texts.get(arch, "") + part
+    return texts
+
+
+def test_every_kernel_is_compiled_for_every_architecture(resources):
+    kernels = {arch: {kernel for a, kernel in resources if a == arch} for arch in ARCHITECTURES}
+    assert {arch for arch, _ in resources} == ARCHITECTURES
+    assert kernels["sm_80"] and all(names == kernels["sm_80"] for names in kernels.values())
+
+
+def test_no_kernel_spills_or_has_a_stack_frame(resources, sass):
+    """Both go through local memory, that is, through the cache and past it: weights that stream past are slowed."""
+    framed = {key: use for key, use in resources.items() if use["STACK"] or use["LOCAL"]}
+    assert framed == {}
+    for arch, text in sass.items():
+        assert re.findall(r"\b(?:LDL|STL)(?:\.\w+)*\b.*", text) == [], arch
+
+
+def test_no_block_has_more_shared_memory_than_sm120_gives(library: Path, resources):
+    static = max(use["SHARED"] for use in resources.values())
+    table = in_a_new_process(library, "native.load(); print(torch.ops.mxfp4_sm120.launch_table())")
+    lines = table.stdout.split("\n")
+    launches = [(name, int(threads), int(dynamic)) for name, threads, dynamic in map(str.split, filter(None, lines))]
+    assert launches, table.stderr
+    for name, _, dynamic in launches:
+        assert dynamic + static <= MAX_SHARED_BYTES, f"{name}: {dynamic} dynamic and up to {static} static bytes"
+
+
+def test_only_instructions_that_every_card_has(sass):
+    assert set(sass) == ARCHITECTURES
+    for arch, text in sass.items():
+        assert "HMMA.16816.F32.BF16" in text, f"{arch}: no tensor core instruction: is this the kernels' code?"
+        assert foreign(text) == set(), arch
+
+
+def test_a_foreign_instruction_is_noticed():
+    line = "        /*0a{}0*/              {}{} R4, R8 ;   /* 0x000 */\n"
+    portable = ("HMMA.16816.F32.BF16", "UBLKCP.S.G", "LDGSTS.E.BYPASS.128", "SYNCS.ARRIVE.TRANS64")
+    alien = (
+        "HGMMA.64x8x16.F32.BF16",
+        "UTCHMMA",
+        "UTMALDG.2D",
+        "UBLKCP.MULTICAST",
+        "USETMAXREG.DEALLOC.CTAPOOL",
+        "OMMA.SF",
+    )
+    listing = "".join(line.format(i, "@!P0 " if i % 2 else "", name) for i, name in enumerate(portable + alien))
+    assert foreign(listing) == set(alien)
+
+
+# ---- how it loads ---------------------------------------------------------------------------------------------------
+
+
+def test_needs_only_torch_s_stable_functions_of_2_11(library: Path):
+    """What libtorch 2.11 doesn't have, the header of a newer one declares behind its version."""
+    header = (Path(torch.__file__).parent / "include/torch/csrc/stable/c/shim.h").read_text()
+    newer = set(re.findall(r"\b(torch_\w+)\(", header.split("TORCH_VERSION_2_12_0", 1)[-1]))
+    assert "torch_library_def_with_tags" in newer
+    needed = run("nm", "-D", "--undefined-only", library).stdout
+    symbols = [line.split()[-1] for line in needed.splitlines()]
+    from_torch = {name for name in symbols if "torch" in name}
+    assert {"torch_library_impl", "aoti_torch_get_current_cuda_stream"} <= from_torch
+    assert all(re.match(r"(aoti_)?torch_", name) for name in from_torch), from_torch
+    assert from_torch & newer == set()
+    assert not [name for name in symbols if re.match(r"_?Py|_ZNK?3c10|_ZNK?2at|cuda|cu[A-Z]", name)]
+    # Weak: a CPU build of torch has no streams to give.
+    assert re.search(r"\bw aoti_torch_get_current_cuda_stream\b", needed)
+
+
+def test_needs_no_cuda_runtime_and_no_python(library: Path):
+    needed = re.findall(r"NEEDED.*\[(.*)\]", run("readelf", "-d", library).stdout)
+    assert {"libtorch.so", "libtorch_cpu.so"} <= set(needed)
+    assert not [name for name in needed if re.match("libcuda|libpython|libtorch_python|libc10", name)]
+
+
+def test_ops_are_registered_and_fakes_work_on_this_torch(library: Path):
+    result = in_a_new_process(
+        library,
+        """
+print(native.load())
+backend = native.Native(shape)
+prepared = backend.prepare(MoEWeights.empty(shape, "cpu"))
+from torch._subclasses.fake_tensor import FakeTensorMode
+with FakeTensorMode(allow_non_fake_inputs=True) as mode:
+    out = backend.forward_logits(prepared, mode.from_tensor(x), mode.from_tensor(logits))
+print(tuple(out.shape), out.dtype)
+print(torch.ops.mxfp4_sm120.moe.default._schema)
+print([native._workspace_bytes(m, 64, 32, 4, 4, 2) for m in (1, 8, 64)])
+""",
+    )
+    assert result.returncode == 0, result.stderr
+    built, fake, schema, sizes = result.stdout.splitlines()
+    assert built == "80-real 90-real 120-real 121-real"
+    assert fake == "(3, 64) torch.bfloat16"
+    assert "Tensor(a!) workspace" in schema and "Tensor(b!) out" in schema
+    sizes = eval(sizes)
+    assert sizes == sorted(sizes) and sizes[0] > 0
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU: nothing is missing")
+@pytest.mark.parametrize("call", ["forward_logits(prepared, x, logits)", "forward(prepared, x, ids, ids.float())"])
+def test_a_call_without_cuda_says_so(library: Path, call: str):
+    result = in_a_new_process(
+        library,
+        f"""
+native.load()
+backend, ids = native.Native(shape), torch.zeros(3, 2, dtype=torch.int64)
+prepared = backend.prepare(MoEWeights.empty(shape, "cpu"))
+backend.{call}
+""",
+    )
+    assert "x is on the CPU, expected a CUDA tensor: the native kernels need CUDA" in result.stderr.splitlines()[-1]
+
+
+def test_why_not(library: Path):
+    result = in_a_new_process(
+        library,
+        """
+import dataclasses
+gpu, why_not = Machine((9, 0), (13, 0), "H100"), native.Native.why_not
+print(why_not(Machine(None, None), shape))
+print(why_not(gpu, shape))
+print(why_not(Machine((10, 0), (13, 0), "B200"), shape))
+for wrong in ({"hidden_size": 48}, {"intermediate_size": 7200}, {"num_experts": 257}, {"top_k": 9}):
+    print(why_not(gpu, dataclasses.replace(shape, **wrong)))
+native.LIBRARY = native.LIBRARY.with_name("gone.so")
+print(why_not(gpu, shape))
+""",
+    )
+    assert result.stdout.splitlines() == [
+        "it needs an NVIDIA GPU",
+        "None",
+        "_native.so is built for 80-real 90-real 120-real 121-real, not for sm_100: "
+        "build it with TORCH_CUDA_ARCH_LIST=10.0 kernels/build.sh",
+        "hidden size 48 isn't a multiple of 32 up to 7168",
+        "intermediate size 7200 isn't a multiple of 32 up to 7168",
+        "257 experts are more than 256",
+        "9 experts per token are more than 8",
+        "the CUDA library isn't built: run kernels/build.sh, or install this package where nvcc is",
+    ], result.stderr
+
+
+# ---- the stub, and where nothing can be built ------------------------------------------------------------------------
+
+
+def test_the_stub_computes_nothing_unless_allowed(stub: Path):
+    code = """
+print(native.Native.why_not(Machine(None, None), shape))
+backend = native.Native(shape)
+print(backend.forward_logits(backend.prepare(MoEWeights.empty(shape, "cpu")), x, logits).abs().sum().item())
+"""
+    refused = in_a_new_process(stub, code)
+    assert "it is a stub without GPU code" in refused.stdout
+    assert "this library is the stub, which computes nothing" in refused.stderr.splitlines()[-1]
+    for _ in range(2):
+        allowed = in_a_new_process(stub, code, MXFP4_SM120_ALLOW_STUB_KERNEL="1")
+        assert allowed.stdout.split() == ["None", "0.0"], allowed.stderr
+        assert "is a stub: its output is zeros, never an answer" in allowed.stderr
+
+
+def test_a_library_that_cannot_be_loaded_is_a_reason(tmp_path: Path):
+    broken = tmp_path / "_native.so"
+    broken.write_text("no library")
+    result = in_a_new_process(broken, "print(native.Native.why_not(Machine((9, 0), (13, 0)), shape))")
+    assert result.stdout.startswith("_native.so can't be used: "), result.stderr
+
+
+def test_without_nvcc_the_package_installs_and_says_so(monkeypatch: pytest.MonkeyPatch, capsys):
+    monkeypatch.delenv("CUDACXX", raising=False)
+    monkeypatch.setattr(shutil, "which", lambda *arguments, **options: None)
+    setup = runpy.run_path(str(KERNELS / "setup.py"))
+    assert setup["build"]() is None
+    assert "installing without the CUDA library: nvcc isn't on PATH" in capsys.readouterr().err
+
+
+def test_flashinfer_is_looked_for_where_the_environment_says(tmp_path: Path):
+    said = run(
+        "bash", KERNELS / "build.sh", "--cutlass", check=False, PYTHON=sys.executable, FLASHINFER_DIR=str(tmp_path)
+    )
+    assert said.returncode != 0
+    assert f"FLASHINFER_DIR gives {tmp_path}" in " ".join(said.stderr.split())
+
+
+def test_an_unknown_option_is_refused():
+    said = run("bash", KERNELS / "build.sh", "--sm120", check=False)
+    assert said.returncode == 2 and "'--sm120' is not an option" in said.stderr
