@@ -40,9 +40,18 @@ setup(
     # configs/ lies beside the package in the repository and inside it in a wheel.
     package_dir={"vllm_mxfp4_sm120.configs": "configs"},
     package_data={"vllm_mxfp4_sm120": ["*.so"], "vllm_mxfp4_sm120.configs": ["**/*.json", "**/*.yaml"]},
-    install_requires=["packaging", "safetensors", "tokenizers", "torch>=2.11"],
+    install_requires=["filelock", "packaging", "safetensors", "tokenizers", "torch>=2.11"],
     extras_require={
-        "test": ["hypothesis", "mypy", "pytest", "ruff", "transformers"],
+        # The two nvidia-cuda packages read machine code: the tests look into the library.
+        "test": [
+            "hypothesis",
+            "mypy",
+            "nvidia-cuda-cuobjdump",
+            "nvidia-cuda-nvdisasm",
+            "pytest",
+            "ruff",
+            "transformers",
+        ],
         "bench": ["rich"],
     },
     cmdclass={"build_py": BuildPy, "bdist_wheel": Wheel},

@@ -21,7 +21,7 @@ extern "C" __attribute__((weak)) AOTITorchError aoti_torch_get_current_cuda_stre
 
 namespace mxfp4_sm120 {
 
-// Every kernel configuration, one a line: name, threads, bytes of dynamic shared memory.
+// The dispatch table in its order: see ops.h.
 __attribute__((weak)) const char* launch_table();
 
 namespace {

@@ -16,7 +16,8 @@ inline void define_ops(torch::stable::detail::StableLibrary& m) {
       "int top_k) -> int");
   // The GPUs it was compiled for, as CMake writes them ("90-real 120-virtual"), or "stub".
   m.def("architectures() -> str");
-  // Every kernel configuration, one a line: name, threads, bytes of dynamic shared memory.
+  // What `config` counts, one a line: name, the most threads of its kernels' blocks, their most bytes of dynamic shared
+  // memory.
   m.def("launch_table() -> str");
 }
 
