@@ -1,7 +1,8 @@
-"""One vLLM engine in a process of its own: a JSON task on stdin, a JSON result in the file named by argv[1].
+"""One vLLM engine in a process of its own: a JSON task on stdin, a JSON result into the file named by argv[1].
 
 Task: {"engine": LLM's keyword arguments, "prompts": [[token id]], "max_tokens": n}.
-Result: {"quantization": ..., "layers": [{layer: [method, backend]} per rank], "tokens": [[id]], "logprobs": [[x]]}.
+Result: {"quantization": ..., "layers": [{layer: [method, backend, bytes]} per rank], "tokens": [[id]],
+"logprobs": [[x]]}.
 """
 
 from __future__ import annotations
@@ -11,12 +12,13 @@ import sys
 from pathlib import Path
 
 
-def who_answers(model) -> dict[str, list[str | None]]:
-    """For each MoE layer, the class of its method and the name of its backend."""
+def who_answers(model) -> dict[str, list]:
+    """For each MoE layer: its method's class, its backend's name, and the bytes of its parameters."""
     return {
         name: [
             type(module.quant_method).__qualname__,
             getattr(getattr(module.quant_method, "backend", None), "name", None),
+            sum(parameter.nbytes for parameter in module.parameters()),
         ]
         for name, module in model.named_modules()
         if name.endswith("routed_experts")

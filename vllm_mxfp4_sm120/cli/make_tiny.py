@@ -133,6 +133,7 @@ def random_experts(shape: MoEShape, generator: torch.Generator) -> MoEWeights:
         if bias is not None:
             bias.copy_(normal(generator, *bias.shape, std=0.2 * gain))
     weights.w2[:, : shape.num_experts] = 0
+    assert weights.w2_bias is not None
     weights.w2_bias[:, : shape.num_experts] = 0
     return weights
 

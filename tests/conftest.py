@@ -1,0 +1,25 @@
+"""What tests of every kind share."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from vllm_mxfp4_sm120 import config_path
+from vllm_mxfp4_sm120.cli.make_tiny import make_tiny
+
+
+@pytest.fixture(scope="session")
+def tiny_config() -> dict:
+    """config.json of the tiny checkpoint."""
+    return json.loads(config_path("tiny", "config.json").read_text())
+
+
+@pytest.fixture(scope="session")
+def tiny(tmp_path_factory: pytest.TempPathFactory, tiny_config: dict) -> Path:
+    """The tiny checkpoint, to be read only."""
+    directory = tmp_path_factory.mktemp("checkpoints") / "tiny"
+    make_tiny(directory, tiny_config)
+    return directory

@@ -1,0 +1,123 @@
+"""Real vLLM engines, each started once for all tests, and what transformers says of the same checkpoint."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from vllm_mxfp4_sm120 import config_path
+from vllm_mxfp4_sm120.cli.serve import Server
+
+PROMPT_LENGTHS = (1, 2, 5, 9, 16, 31, 47, 70)  # the tiny model's sliding window is 32
+MAX_TOKENS = 32
+# Nothing here may reach for the network.
+ENV = {**os.environ, "HF_HUB_OFFLINE": "1", "VLLM_NO_USAGE_STATS": "1", "VLLM_ALLOW_INSECURE_SERIALIZATION": "1"}
+
+
+@dataclass(frozen=True)
+class Answers:
+    """Greedy tokens and their log-probabilities for each prompt; `layers` as generate.py says, for each rank."""
+
+    tokens: list[list[int]]
+    logprobs: list[list[float]]
+    quantization: str | None = None
+    layers: tuple[dict[str, list], ...] = ()
+
+    def worst_difference(self, other: Answers) -> float:
+        """The largest difference of a log-probability. The tokens must be the same."""
+        assert self.tokens == other.tokens
+        return (torch.tensor(self.logprobs) - torch.tensor(other.logprobs)).abs().max().item()
+
+
+def generate(
+    model: Path, prompts: list[list[int]], directory: Path, env: dict[str, str] | None = None, **engine: Any
+) -> Answers:
+    """Greedy answers of an engine in a process of its own. Raises CalledProcessError, its log being in `directory`."""
+    engine = {"model": str(model), "max_model_len": 512, "kv_cache_memory_bytes": 1 << 26, **engine}
+    # One process is enough for one rank, and starts in half of the time.
+    alone = {"VLLM_ENABLE_V1_MULTIPROCESSING": "0"} if engine.get("tensor_parallel_size", 1) == 1 else {}
+    task = {"engine": engine, "prompts": prompts, "max_tokens": MAX_TOKENS}
+    result = directory / "answers.json"
+    with (directory / "engine.log").open("w") as log:
+        subprocess.run(
+            [sys.executable, str(Path(__file__).with_name("generate.py")), str(result)],
+            input=json.dumps(task),
+            text=True,
+            check=True,
+            stdout=log,
+            stderr=subprocess.STDOUT,
+            timeout=600,
+            env={**ENV, **alone, **(env or {})},
+        )
+    answers = json.loads(result.read_text())
+    return Answers(answers["tokens"], answers["logprobs"], answers["quantization"], tuple(answers["layers"]))
+
+
+@pytest.fixture(scope="session")
+def prompts(tiny_config: dict) -> list[list[int]]:
+    """8 prompts of different lengths, the longest more than twice the sliding window."""
+    generator = torch.Generator().manual_seed(1)
+    return [
+        torch.randint(4, tiny_config["vocab_size"], (length,), generator=generator).tolist()
+        for length in PROMPT_LENGTHS
+    ]
+
+
+@pytest.fixture(scope="session")
+def transformers_model(tiny: Path):
+    """transformers' GptOssForCausalLM of the same checkpoint: dequantized by transformers, computed in float32."""
+    from transformers import GptOssForCausalLM, Mxfp4Config
+
+    model = GptOssForCausalLM.from_pretrained(
+        tiny, quantization_config=Mxfp4Config(dequantize=True), attn_implementation="eager"
+    )
+    model.generation_config.eos_token_id = None
+    return model.float().eval()
+
+
+def transformers_answers(model, prompts: list[list[int]]) -> Answers:
+    tokens, logprobs = [], []
+    for ids in prompts:
+        out = model.generate(
+            torch.tensor([ids]),
+            do_sample=False,
+            max_new_tokens=MAX_TOKENS,
+            output_logits=True,
+            return_dict_in_generate=True,
+        )
+        new = out.sequences[0, len(ids) :]
+        steps = torch.stack(out.logits)[:, 0].log_softmax(-1)
+        tokens.append(new.tolist())
+        logprobs.append(steps.gather(1, new[:, None])[:, 0].tolist())
+    return Answers(tokens, logprobs)
+
+
+@pytest.fixture(scope="session")
+def expected(transformers_model, prompts: list[list[int]]) -> Answers:
+    return transformers_answers(transformers_model, prompts)
+
+
+@pytest.fixture(scope="session")
+def offline(tiny: Path, prompts: list[list[int]], tmp_path_factory: pytest.TempPathFactory) -> Answers:
+    """LLM.generate through this plugin, in one process."""
+    return generate(
+        tiny, prompts, tmp_path_factory.mktemp("offline"), quantization="mxfp4_sm120", enforce_eager=True
+    )
+
+
+@pytest.fixture(scope="session")
+def server(tiny: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
+    """`vllm serve` through this plugin, compiled as it is by default."""
+    log = tmp_path_factory.mktemp("server") / "server.log"
+    with Server(str(tiny), ["--config", str(config_path("serve", "tiny.yaml"))], log, env=ENV) as running:
+        running.wait_until_healthy(600)
+        yield running

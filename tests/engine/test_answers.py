@@ -1,0 +1,139 @@
+"""The engine's answers through this plugin, against implementations that are not ours, and proof that it was us."""
+
+from __future__ import annotations
+
+import copy
+import json
+import subprocess
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import save_file
+
+from tests.engine.conftest import ENV, MAX_TOKENS, Answers, generate, transformers_answers
+from vllm_mxfp4_sm120.cli.serve import Server
+from vllm_mxfp4_sm120.moe import MoEShape
+
+TOLERANCE = 2e-2  # of a log-probability
+
+
+def assert_ours(answers: Answers, tiny_config: dict, backend: str = "tiled", tp: int = 1, ep: int = 1) -> None:
+    """The engine took our method, and every layer of every rank holds it, its backend, and packed weights only."""
+    assert answers.quantization == "mxfp4_sm120"
+    assert len(answers.layers) == tp * ep
+    experts, intermediate = tiny_config["num_local_experts"] // ep, tiny_config["intermediate_size"]
+    hidden, blocks = tiny_config["hidden_size"], -(-intermediate // tp // 32)
+    shape = MoEShape(tiny_config["num_local_experts"], experts, hidden, blocks * 32, tiny_config["num_experts_per_tok"])
+    biases = 2 * (2 * shape.intermediate_size + hidden)
+    for rank in answers.layers:
+        assert len(rank) == tiny_config["num_hidden_layers"]
+        for layer in rank.values():
+            assert layer == ["Mxfp4Sm120MoEMethod", backend, experts * (shape.packed_bytes_per_expert + biases)]
+
+
+def test_offline_is_transformers(offline: Answers, expected: Answers, tiny_config: dict) -> None:
+    assert_ours(offline, tiny_config)
+    assert offline.worst_difference(expected) < TOLERANCE
+
+
+def test_http_is_transformers(server: Server, expected: Answers, prompts: list[list[int]], offline: Answers) -> None:
+    options = {"logprobs": 0, "return_token_ids": True, "ignore_eos": True}
+    choices = [server.complete(ids, MAX_TOKENS, **options)["choices"][0] for ids in prompts]
+    answers = Answers(
+        [choice["token_ids"] for choice in choices], [choice["logprobs"]["token_logprobs"] for choice in choices]
+    )
+    assert server.answered_by() == "MXFP4 experts on cpu (cpu): tiled"
+    assert "quantization=mxfp4_sm120" in server.log.read_text()
+    assert answers.worst_difference(expected) < TOLERANCE
+
+
+def test_the_comparison_sees_the_experts(transformers_model, expected: Answers, prompts: list[list[int]]) -> None:
+    """Without experts the same model is ten tolerances away: what is compared above does depend on them."""
+    without = copy.deepcopy(transformers_model)
+    for layer in without.model.layers:
+        layer.mlp.experts.down_proj.data.zero_()
+        layer.mlp.experts.down_proj_bias.data.zero_()
+    forced = [ids + tokens for ids, tokens in zip(prompts, expected.tokens, strict=True)]
+    differences = []
+    for ids, tokens, logprobs in zip(forced, expected.tokens, expected.logprobs, strict=True):
+        with torch.no_grad():
+            steps = without(torch.tensor([ids])).logits[0, -MAX_TOKENS - 1 : -1].log_softmax(-1)
+        got = steps.gather(1, torch.tensor(tokens)[:, None])[:, 0]
+        differences.append((got - torch.tensor(logprobs)).abs().max().item())
+    assert min(differences) > 10 * TOLERANCE
+
+
+def test_tensor_parallel(
+    tiny: Path, prompts: list[list[int]], tmp_path: Path, offline: Answers, tiny_config: dict
+) -> None:
+    """Two ranks with 3 and 2 of the 5 blocks of the intermediate size."""
+    answers = generate(
+        tiny, prompts, tmp_path, quantization="mxfp4_sm120", enforce_eager=True, tensor_parallel_size=2
+    )
+    assert_ours(answers, tiny_config, tp=2)
+    assert answers.worst_difference(offline) < TOLERANCE
+
+
+def test_expert_parallel(
+    tiny: Path, prompts: list[list[int]], tmp_path: Path, offline: Answers, tiny_config: dict
+) -> None:
+    """Two ranks with half of the experts each."""
+    answers = generate(
+        tiny,
+        prompts,
+        tmp_path,
+        quantization="mxfp4_sm120",
+        enforce_eager=True,
+        tensor_parallel_size=2,
+        enable_expert_parallel=True,
+    )
+    assert_ours(answers, tiny_config, ep=2)
+    assert answers.worst_difference(offline) < TOLERANCE
+
+
+def test_vllms_own_bf16(
+    tiny: Path, prompts: list[list[int]], tmp_path: Path, offline: Answers, transformers_model
+) -> None:
+    """vLLM's own BF16 experts, on the checkpoint as transformers dequantized it."""
+    bf16 = tmp_path / "bf16"
+    bf16.mkdir()
+    for name in ("tokenizer.json", "tokenizer_config.json", "generation_config.json"):
+        (bf16 / name).write_bytes((tiny / name).read_bytes())
+    config = json.loads((tiny / "config.json").read_text())
+    del config["quantization_config"]
+    (bf16 / "config.json").write_text(json.dumps(config))
+    # Exact: every one of these numbers was BF16 before the model was made float32.
+    state = {name: tensor.bfloat16().contiguous() for name, tensor in transformers_model.state_dict().items()}
+    save_file(state, bf16 / "model.safetensors", metadata={"format": "pt"})
+    answers = generate(bf16, prompts, tmp_path, enforce_eager=True)
+    assert answers.quantization is None
+    assert answers.worst_difference(offline) < TOLERANCE
+
+
+@pytest.mark.skipif(
+    not (torch.cpu._is_amx_tile_supported() or torch.cuda.is_available()),
+    reason="vLLM's own MXFP4 experts need a GPU or a CPU with AMX: without, vLLM refuses to start with them",
+)
+def test_vllms_own_mxfp4(tiny: Path, prompts: list[list[int]], tmp_path: Path, offline: Answers) -> None:
+    answers = generate(tiny, prompts, tmp_path, quantization="mxfp4", enforce_eager=True)
+    assert answers.quantization == "gpt_oss_mxfp4"
+    assert answers.tokens == offline.tokens
+
+
+def test_without_the_plugin_it_is_noticed(
+    tiny: Path, prompts: list[list[int]], tmp_path: Path, tiny_config: dict
+) -> None:
+    """vLLM takes an unknown quantization for its own: where that runs, tokens are right and the proof fails."""
+    env = {"VLLM_PLUGINS": "none"}
+    try:
+        answers = generate(tiny, prompts, tmp_path, env, quantization="mxfp4_sm120", enforce_eager=True)
+    except subprocess.CalledProcessError:
+        # Not even an answer: vLLM's own method, which took our place, has no kernel for this machine.
+        assert "No MXFP4 MoE backend supports the deployment configuration" in (tmp_path / "engine.log").read_text()
+        return
+    with pytest.raises(AssertionError):
+        assert_ours(answers, tiny_config)
+    with pytest.raises(AssertionError):
+        assert_ours(replace(answers, quantization="mxfp4_sm120"), tiny_config)
