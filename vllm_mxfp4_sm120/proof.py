@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import os
 import signal
 import subprocess
@@ -18,6 +19,7 @@ from contextlib import nullcontext
 from dataclasses import asdict, dataclass, replace
 from importlib import import_module, metadata
 from pathlib import Path
+from typing import Any
 
 import torch
 from filelock import FileLock
@@ -77,25 +79,26 @@ def device(machine: Machine) -> torch.device:
 
 def random_weights(shape: MoEShape, device: torch.device | str, seed: int = 0) -> MoEWeights:
     """Weights with every code, and scales that keep activations near 1."""
-    generator = torch.Generator().manual_seed(seed)
+    # Drawn on the CPU, the same for every device, even where vLLM has set another default device.
+    draw: dict[str, Any] = {"generator": torch.Generator("cpu").manual_seed(seed), "device": "cpu"}
     weights = MoEWeights.empty(shape, device)
     for codes in (weights.w13, weights.w2):
-        codes.copy_(torch.randint(0, 256, codes.shape, dtype=torch.uint8, generator=generator))
+        codes.copy_(torch.randint(0, 256, codes.shape, dtype=torch.uint8, **draw))
     for scales, k in ((weights.w13_scale, shape.hidden_size), (weights.w2_scale, shape.intermediate_size)):
         # Codes have a standard deviation near 3: 2^middle * 3 * sqrt(K) is 1 to 2.
-        middle = 127 - round(torch.tensor(9.0 * k).log2().item() / 2)
-        scales.copy_(torch.randint(middle - 1, middle + 2, scales.shape, generator=generator))
+        middle = 127 - round(math.log2(3 * math.sqrt(k)))
+        scales.copy_(torch.randint(middle - 1, middle + 2, scales.shape, dtype=torch.uint8, **draw))
     for bias in (weights.w13_bias, weights.w2_bias):
         if bias is not None:
-            bias.copy_(torch.randn(bias.shape, dtype=torch.float32, generator=generator) * 0.5)
+            bias.copy_(torch.randn(bias.shape, dtype=torch.float32, **draw) * 0.5)
     return weights
 
 
 def random_inputs(shape: MoEShape, tokens: int, device: torch.device | str, seed: int = 1) -> tuple[Tensor, Tensor]:
     """Activations bf16 [tokens, H] and logits bf16 [tokens, E] that send all tokens to expert 1, none to expert 0."""
-    generator = torch.Generator().manual_seed(seed)
-    x = torch.randn(tokens, shape.hidden_size, dtype=torch.float32, generator=generator)
-    logits = torch.randn(tokens, shape.num_experts, dtype=torch.float32, generator=generator) * 0.5
+    draw: dict[str, Any] = {"generator": torch.Generator("cpu").manual_seed(seed), "device": "cpu"}
+    x = torch.randn(tokens, shape.hidden_size, dtype=torch.float32, **draw)
+    logits = torch.randn(tokens, shape.num_experts, dtype=torch.float32, **draw) * 0.5
     if shape.num_experts > shape.top_k:
         logits[:, 0], logits[:, 1] = -9.0, 2.5
     # Rounded to BF16 like a model's router's, so that kernels which read logits in BF16 choose the same experts.

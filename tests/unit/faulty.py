@@ -1,0 +1,60 @@
+"""Backends that are wrong in each way that a proof must survive; and one that isn't."""
+
+import os
+import signal
+import time
+
+import torch
+
+from vllm_mxfp4_sm120.backends.tiled import Tiled
+
+
+class Good(Tiled):
+    name = "good"
+    compiled = True
+
+
+class Wrong(Good):
+    """One expert's gate, of eight, is 30 % too large."""
+
+    name = "wrong"
+
+    def forward(self, prepared, x, topk_ids, topk_weights, expert_map=None):
+        return super().forward(prepared, x, topk_ids, topk_weights * (1 + 0.3 * (topk_ids == 2)), expert_map)
+
+
+class NotANumber(Good):
+    name = "not_a_number"
+
+    def forward(self, prepared, x, topk_ids, topk_weights, expert_map=None):
+        return torch.full_like(x, float("nan"))
+
+
+class Raises(Good):
+    name = "raises"
+
+    def forward(self, *arguments):
+        raise RuntimeError("no kernel image is available\nfor execution on the device")
+
+
+class OutOfMemory(Good):
+    name = "out_of_memory"
+
+    def prepare(self, weights):
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+
+class Hangs(Good):
+    name = "hangs"
+
+    def forward(self, *arguments):
+        signal.signal(signal.SIGTERM, signal.SIG_IGN)
+        while True:
+            time.sleep(1)
+
+
+class Kills(Good):
+    name = "kills"
+
+    def forward(self, *arguments):
+        os.kill(os.getpid(), signal.SIGSEGV)
