@@ -12,6 +12,7 @@ from collections.abc import Sequence
 
 COMMANDS = {
     "make-tiny": "write a small GPT-OSS checkpoint with MXFP4 experts, for tests and demonstrations",
+    "doctor": "say what is here, which backends can serve with it, and what would be chosen",
     "serve": "start vllm serve with this plugin, send one completion, show who answered",
 }
 

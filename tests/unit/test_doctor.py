@@ -1,0 +1,108 @@
+"""`mxfp4-sm120 doctor`, here and on machines that aren't here."""
+
+import json
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+from machines import NO_FLASHINFER, NO_SM120, NOT_BUILT, install, machine
+
+from vllm_mxfp4_sm120 import selector
+from vllm_mxfp4_sm120.cli import doctor
+from vllm_mxfp4_sm120.cli.__main__ import main
+from vllm_mxfp4_sm120.platform import Machine
+
+
+@pytest.fixture(autouse=True)
+def clean(monkeypatch, tmp_path):
+    for name in [name for name in os.environ if name.startswith("MXFP4_SM120_")]:
+        monkeypatch.delenv(name)
+    monkeypatch.setenv("MXFP4_SM120_CACHE_DIR", str(tmp_path))
+    selector.select.cache_clear()
+    yield
+    selector.select.cache_clear()
+
+
+def pretend(monkeypatch, name, **installed):
+    install(monkeypatch, **installed)
+    monkeypatch.setattr(doctor.Machine, "here", lambda: machine(name))
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    card = type("Card", (), {"name": name, "major": 12, "minor": 0, "total_memory": 32 * 2**30})
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda index: card)
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="this machine has a GPU")
+def test_here(capsys):
+    assert main(["doctor", "--json"]) == 0
+    report = json.loads(capsys.readouterr().out)
+    assert report["can_serve"] and report["machine"] == "cpu (cpu)" and report["gpus"] == []
+    assert report["chosen"] == {"gpt-oss-20b": "tiled", "gpt-oss-120b": "tiled"}
+    assert report["versions"]["torch"] == torch.__version__
+    assert [backend["name"] for backend in report["backends"]] == list(selector.MODULES)
+    tiled = {"name": "tiled", "automatic": True, "why_not": None, "proof": "right"}
+    assert tiled in report["backends"]
+
+
+def test_on_a_5090(monkeypatch, capsys):
+    failing = {"native": "its process died (killed by SIGSEGV): it said nothing"}
+    pretend(monkeypatch, "RTX 5090", flashinfer="0.7.2", failing=failing)
+    monkeypatch.setenv("MXFP4_SM120_MOE_STREAMS", "2")
+    assert main(["doctor"]) == 0
+    printed = capsys.readouterr().out.splitlines()
+    assert "GPU 0  RTX 5090  sm_120  32 GiB" in printed
+    assert f"flashinfer_trtllm       no: {NO_SM120}" in printed
+    assert f"flashinfer_trtllm_mxfp8 no: {NO_SM120} (only if asked for)" in printed
+    assert "native                  no: its process died (killed by SIGSEGV): it said nothing" in printed
+    assert "triton                  ready, proven" in printed
+    assert "gpt-oss-20b             triton" in printed and "gpt-oss-120b            triton" in printed
+    assert "MXFP4_SM120_MOE_STREAMS=2" in printed
+
+
+def test_without_proof(monkeypatch, capsys):
+    pretend(monkeypatch, "RTX 5090", failing={"native": "never asked"})
+    assert main(["doctor", "--no-proof"]) == 0
+    printed = capsys.readouterr().out.splitlines()
+    assert "native                  ready, not proven" in printed and "gpt-oss-20b             native" in printed
+    assert f"flashinfer_trtllm       no: {NO_FLASHINFER}" in printed
+
+
+def test_exit_1_where_nothing_can_serve(monkeypatch, capsys):
+    pretend(monkeypatch, "RTX 5090", library=None)
+    monkeypatch.setenv("MXFP4_SM120_BACKEND", "native")
+    assert main(["doctor"]) == 1
+    printed = capsys.readouterr().out.splitlines()
+    assert "gpt-oss-20b             none: see below" in printed
+    assert f"gpt-oss-20b: MXFP4_SM120_BACKEND asks for a backend that can't be used: native: {NOT_BUILT}" in printed
+    assert main(["doctor", "--json"]) == 1
+    report = json.loads(capsys.readouterr().out)
+    assert not report["can_serve"] and report["flags"]["MXFP4_SM120_BACKEND"] == "native"
+
+
+def test_a_bad_variable_is_one_line(monkeypatch, capsys):
+    monkeypatch.setenv("MXFP4_SM120_BACKED", "native")
+    assert main(["doctor"]) == 1
+    said = capsys.readouterr()
+    assert said.out == "" and len(said.err.splitlines()) == 1 and "MXFP4_SM120_BACKEND" in said.err
+
+
+def test_a_driver_without_a_torch_for_it(monkeypatch, capsys):
+    monkeypatch.setattr(doctor.Machine, "here", lambda: Machine(None, None))
+    monkeypatch.setattr(doctor.platform, "driver", lambda: "580.95.05")
+    assert main(["doctor"]) == 0
+    assert "there is an NVIDIA driver, but torch sees no GPU: a CPU build, or CUDA_VISIBLE_DEVICES?" in (
+        capsys.readouterr().out.splitlines()
+    )
+
+
+def test_nothing_missing_is_imported():
+    """With vLLM, FlashInfer and Triton impossible to import, doctor still answers."""
+    code = (
+        "import sys; sys.modules.update(dict.fromkeys(('vllm', 'flashinfer', 'triton')));"
+        "from vllm_mxfp4_sm120.cli.__main__ import main; sys.exit(main(['doctor', '--no-proof']))"
+    )
+    env = {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
+    done = subprocess.run([sys.executable, "-c", code], env=env, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr
+    assert "triton                  no: Triton is not installed" in done.stdout
