@@ -61,6 +61,7 @@ class Request:
             "--moe-backend": _moe_backend(moe_backend),
             "--additional-config backend": options.get("backend", "auto"),
             envs.BACKEND.name: envs.BACKEND.get(),
+            envs.WEIGHTONLY.name: "auto" if envs.WEIGHTONLY.get() else "upcast",
         }
         wishes = {setting: name for setting, name in wishes.items() if name != "auto"}
         if len(set(wishes.values())) > 1:

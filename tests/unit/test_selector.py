@@ -8,7 +8,7 @@ from vllm_mxfp4_sm120 import proof, selector
 
 @pytest.fixture(autouse=True)
 def clean(monkeypatch):
-    for name in ("BACKEND", "USE_TRITON", "DISABLE_TRITON_MOE", "PROOF", "BASE_GPU_ID", "FORCE_UPCAST"):
+    for name in ("BACKEND", "USE_TRITON", "DISABLE_TRITON_MOE", "PROOF", "BASE_GPU_ID", "FORCE_UPCAST", "WEIGHTONLY"):
         monkeypatch.delenv(f"MXFP4_SM120_{name}", raising=False)
     yield
     selector.select.cache_clear()
@@ -74,6 +74,8 @@ CHOSEN = [
     ("cpu", {}, {}, None, {}, "MXFP4 experts on cpu (cpu): tiled"),
     ("cpu", {}, {"USE_TRITON": "1"}, None, {},
      "MXFP4 experts on cpu (cpu): tiled; not triton: Triton needs an NVIDIA GPU"),
+    ("H100", {}, {"WEIGHTONLY": "0"}, None, {},
+     "MXFP4 experts on H100 (sm_90): upcast, asked for by MXFP4_SM120_WEIGHTONLY"),
     ("cpu", {}, {"BACKEND": "upcast"}, None, {},
      "MXFP4 experts on cpu (cpu): upcast, asked for by MXFP4_SM120_BACKEND"),
 ]  # fmt: skip
@@ -103,6 +105,8 @@ REFUSED = [
      "MXFP4_SM120_USE_TRITON asks for triton and MXFP4_SM120_DISABLE_TRITON_MOE forbids it; keep one of them"),
     ("RTX 5090", {}, {"BACKEND": "native"}, "triton", {},
      "contradicting backends: --moe-backend says triton, MXFP4_SM120_BACKEND says native; keep one of them"),
+    ("RTX 5090", {}, {"BACKEND": "native", "WEIGHTONLY": "0"}, None, {},
+     "contradicting backends: MXFP4_SM120_BACKEND says native, MXFP4_SM120_WEIGHTONLY says upcast; keep one of them"),
     ("RTX 5090, CUDA 12.6", {"flashinfer": "0.7.2"}, {}, None, {},
      "no MXFP4 backend for RTX 5090 (sm_120): " + "; ".join(
          f"{name}: torch is built for CUDA 12.6, RTX 5090 (sm_120) needs one for CUDA 12.8 or newer"
