@@ -43,20 +43,24 @@ def generate(
 ) -> Answers:
     """Greedy answers of an engine in a process of its own. Raises CalledProcessError, its log being in `directory`."""
     engine = {"model": str(model), "max_model_len": 512, "kv_cache_memory_bytes": 1 << 26, **engine}
-    # One process is enough for one rank, and starts in half of the time.
-    alone = {"VLLM_ENABLE_V1_MULTIPROCESSING": "0"} if engine.get("tensor_parallel_size", 1) == 1 else {}
+    if engine.get("tensor_parallel_size", 1) == 1:
+        ranks = {"VLLM_ENABLE_V1_MULTIPROCESSING": "0"}  # one process is enough, and starts in half of the time
+    else:
+        # By itself vLLM wants a NUMA node for each rank.
+        ranks = {"VLLM_CPU_OMP_THREADS_BIND": "nobind", "OMP_NUM_THREADS": "1"}
     task = {"engine": engine, "prompts": prompts, "max_tokens": MAX_TOKENS}
     result = directory / "answers.json"
     with (directory / "engine.log").open("w") as log:
         subprocess.run(
-            [sys.executable, str(Path(__file__).with_name("generate.py")), str(result)],
+            [sys.executable, "-m", "tests.engine.generate", str(result)],
+            cwd=Path(__file__).parents[2],
             input=json.dumps(task),
             text=True,
             check=True,
             stdout=log,
             stderr=subprocess.STDOUT,
             timeout=600,
-            env={**ENV, **alone, **(env or {})},
+            env={**ENV, **ranks, **(env or {})},
         )
     answers = json.loads(result.read_text())
     return Answers(answers["tokens"], answers["logprobs"], answers["quantization"], tuple(answers["layers"]))

@@ -1,5 +1,7 @@
 """One vLLM engine in a process of its own: a JSON task on stdin, a JSON result into the file named by argv[1].
 
+Run as a module, from the repository's root.
+
 Task: {"engine": LLM's keyword arguments, "prompts": [[token id]], "max_tokens": n}.
 Result: {"quantization": ..., "layers": [{layer: [method, backend, bytes]} per rank], "tokens": [[id]],
 "logprobs": [[x]]}.
@@ -27,6 +29,9 @@ def who_answers(model) -> dict[str, list]:
 
 def main() -> None:
     from vllm import LLM, SamplingParams
+
+    # Ranks in other processes find a function by its module, which for them is not __main__.
+    from tests.engine.generate import who_answers
 
     task = json.load(sys.stdin)
     llm = LLM(**task["engine"])
