@@ -15,7 +15,7 @@ import signal
 import subprocess
 import sys
 import traceback
-from contextlib import nullcontext
+from contextlib import nullcontext, suppress
 from dataclasses import asdict, dataclass, replace
 from importlib import import_module, metadata
 from pathlib import Path
@@ -30,8 +30,8 @@ from vllm_mxfp4_sm120.backends.base import Backend
 from vllm_mxfp4_sm120.moe import Activation, MoEShape, MoEWeights, reference, topk_softmax
 from vllm_mxfp4_sm120.platform import Machine, driver
 
-# One token and a handful (kernels for decoding), and enough that one expert fills a 128-row tile (kernels for prefill).
-TOKENS = (1, 7, 150)
+# One token and a handful (kernels for decoding), one expert past a 128-row tile, and every expert past it (for prefill).
+TOKENS = (1, 7, 150, 1000)
 EXPERTS = 8
 # Outside every power-of-two tile, 3 and 5 scale columns where kernels want multiples of 4, and milliseconds on a CPU.
 CPU_HIDDEN, CPU_INTERMEDIATE = 96, 160
@@ -153,7 +153,8 @@ def solve_in_child(backend: type[Backend], shape: MoEShape, device: torch.device
         out, err = child.communicate(timeout=seconds)
     except subprocess.TimeoutExpired:
         os.killpg(child.pid, signal.SIGKILL)
-        child.communicate()
+        with suppress(subprocess.TimeoutExpired):  # stuck in the driver, not even SIGKILL ends it: leave it behind
+            child.communicate(timeout=5)
         return Proof(f"no answer within {seconds:g} s ({envs.PROOF_SECONDS.name})")
     try:
         return Proof(**json.loads(out.strip().splitlines()[-1]))
