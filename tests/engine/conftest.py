@@ -113,9 +113,7 @@ def expected(transformers_model, prompts: list[list[int]]) -> Answers:
 @pytest.fixture(scope="session")
 def offline(tiny: Path, prompts: list[list[int]], tmp_path_factory: pytest.TempPathFactory) -> Answers:
     """LLM.generate through this plugin, in one process."""
-    return generate(
-        tiny, prompts, tmp_path_factory.mktemp("offline"), quantization="mxfp4_sm120", enforce_eager=True
-    )
+    return generate(tiny, prompts, tmp_path_factory.mktemp("offline"), quantization="mxfp4_sm120", enforce_eager=True)
 
 
 @pytest.fixture(scope="session")

@@ -69,9 +69,7 @@ def test_tensor_parallel(
     tiny: Path, prompts: list[list[int]], tmp_path: Path, offline: Answers, tiny_config: dict
 ) -> None:
     """Two ranks with 3 and 2 of the 5 blocks of the intermediate size."""
-    answers = generate(
-        tiny, prompts, tmp_path, quantization="mxfp4_sm120", enforce_eager=True, tensor_parallel_size=2
-    )
+    answers = generate(tiny, prompts, tmp_path, quantization="mxfp4_sm120", enforce_eager=True, tensor_parallel_size=2)
     assert_ours(answers, tiny_config, tp=2)
     assert answers.worst_difference(offline) < TOLERANCE
 
