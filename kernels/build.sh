@@ -9,7 +9,7 @@ kernels/build.sh [--native | --stub | --cutlass | --flashinfer] [-o FILE] [-- CM
   --native      the kernels (default); TORCH_CUDA_ARCH_LIST or CMAKE_CUDA_ARCHITECTURES choose the cards
   --stub        the same ops without GPU code; they raise unless MXFP4_SM120_ALLOW_STUB_KERNEL=1
   --cutlass     compile-only: CUTLASS's SM120 block-scaled grouped GEMM, from the headers that FlashInfer carries
-  --flashinfer  compile-only: FlashInfer's own MXFP4 grouped GEMM for SM120, from its headers
+  --flashinfer  compile-only: FlashInfer's own MXFP4 grouped GEMM for SM120 (its headers want cuRAND's)
   -o FILE       where the library goes (default: vllm_mxfp4_sm120/_native.so)
 Environment: PYTHON (its torch gives the headers), CUDA_HOME, FLASHINFER_DIR (FlashInfer's package folder), MAX_JOBS
 TEXT
@@ -42,7 +42,8 @@ cards=$(printf %s "${CMAKE_CUDA_ARCHITECTURES:-}|${TORCH_CUDA_ARCH_LIST:-}|$PYTH
 build=$here/build/$kind-$cards
 generator=()
 command -v ninja >/dev/null && generator=(-G Ninja)
-cmake -S "$here" -B "$build" "${generator[@]}" -DMXFP4_SM120_KIND="$kind" -DPython3_EXECUTABLE="$(command -v "$PYTHON")" "$@"
+cmake -S "$here" -B "$build" "${generator[@]}" -DMXFP4_SM120_KIND="$kind" \
+  -DPython3_EXECUTABLE="$(command -v "$PYTHON")" "$@"
 cmake --build "$build" --parallel "${MAX_JOBS:-$(nproc)}"
 
 case $kind in

@@ -1,4 +1,4 @@
-# FlashInfer's package carries its own and CUTLASS's headers: found by FLASHINFER_DIR (the package's folder), or by import.
+# FlashInfer's package carries its own headers and CUTLASS's: found by FLASHINFER_DIR (the package's folder), or import.
 function(find_flashinfer result)
   if(NOT "$ENV{FLASHINFER_DIR}" STREQUAL "")
     set(folder "$ENV{FLASHINFER_DIR}")
@@ -6,11 +6,11 @@ function(find_flashinfer result)
   else()
     execute_process(
       COMMAND ${Python3_EXECUTABLE} -c
-              "import importlib.util, pathlib; print(pathlib.Path(importlib.util.find_spec('flashinfer').origin).parent)"
+              "import importlib.util as u; print(u.find_spec('flashinfer').submodule_search_locations[0])"
       OUTPUT_VARIABLE folder OUTPUT_STRIP_TRAILING_WHITESPACE RESULT_VARIABLE failed ERROR_QUIET)
     if(failed)
-      message(FATAL_ERROR "FlashInfer isn't there: ${Python3_EXECUTABLE} can't import it; install flashinfer-python or set "
-                          "FLASHINFER_DIR to its package's folder")
+      message(FATAL_ERROR "FlashInfer isn't there: ${Python3_EXECUTABLE} can't import it; install flashinfer-python or "
+                          "set FLASHINFER_DIR to its package's folder")
     endif()
     set(how "import flashinfer")
   endif()

@@ -375,12 +375,24 @@ def test_without_nvcc_the_package_installs_and_says_so(monkeypatch: pytest.Monke
     assert "installing without the CUDA library: nvcc isn't on PATH" in capsys.readouterr().err
 
 
-def test_flashinfer_is_looked_for_where_the_environment_says(tmp_path: Path):
-    said = run(
-        "bash", KERNELS / "build.sh", "--cutlass", check=False, PYTHON=sys.executable, FLASHINFER_DIR=str(tmp_path)
-    )
+@pytest.mark.parametrize("how", ["FLASHINFER_DIR", "import flashinfer"])
+def test_flashinfer_is_found(library: Path, tmp_path: Path, how: str):
+    package = tmp_path / "flashinfer"
+    for part in ("include", "csrc", "cutlass/include", "cutlass/tools/util/include"):
+        (package / "data" / part).mkdir(parents=True)
+    (package / "__init__.py").touch()
+    where = {"FLASHINFER_DIR": str(package)} if how == "FLASHINFER_DIR" else {"PYTHONPATH": str(tmp_path)}
+    configure = ("cmake", "-S", KERNELS, "-B", tmp_path / "build", "-DMXFP4_SM120_KIND=cutlass")
+    said = run(*configure, f"-DPython3_EXECUTABLE={sys.executable}", **where)
+    assert f"FlashInfer's headers: {package}/data ({how})" in said.stdout
+    assert "cutlass for 120a-real" in said.stdout
+
+
+def test_a_flashinfer_without_headers_is_named(tmp_path: Path):
+    environment = {"PYTHON": sys.executable, "FLASHINFER_DIR": str(tmp_path)}
+    said = run("bash", KERNELS / "build.sh", "--cutlass", check=False, **environment)
     assert said.returncode != 0
-    assert f"FLASHINFER_DIR gives {tmp_path}" in " ".join(said.stderr.split())
+    assert f"FLASHINFER_DIR gives {tmp_path}, which has no data/include" in " ".join(said.stderr.split())
 
 
 def test_an_unknown_option_is_refused():
