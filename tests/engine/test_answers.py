@@ -12,7 +12,7 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from tests.engine.conftest import ENV, MAX_TOKENS, Answers, generate, transformers_answers
+from tests.engine.conftest import MAX_TOKENS, Answers, generate
 from vllm_mxfp4_sm120.cli.serve import Server
 from vllm_mxfp4_sm120.moe import MoEShape
 

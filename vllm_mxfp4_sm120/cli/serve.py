@@ -42,8 +42,8 @@ def run(args: argparse.Namespace) -> int:
         extra = ["--quantization", "mxfp4_sm120", *extra]
     log = Path(tempfile.mkdtemp(prefix="mxfp4-sm120-")) / "server.log"
     with Server(args.model, extra, log, args.port) as server:
-        print("starting:", " ".join(server.command))
-        print(f"its log:  {log}", flush=True)
+        print("starting:", " ".join(server.command), flush=True)
+        print(f"its log:  {log}\nwaiting until it is healthy: a minute or two, longer for a large model", flush=True)
         try:
             seconds = server.wait_until_healthy()
             print(f"healthy after {seconds:.0f} s at {server.url}\n")

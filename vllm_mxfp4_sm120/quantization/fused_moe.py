@@ -170,8 +170,8 @@ class Loader:
         fits = all(have <= room for have, room in zip(loaded_weight.shape, target.shape, strict=True))
         if loaded_weight.dtype != target.dtype or not fits:
             raise ValueError(
-                f"{weight_name}: got {loaded_weight.dtype} {tuple(loaded_weight.shape)} for this rank, expected "
-                f"{target.dtype} {tuple(target.shape)}; the checkpoint does not match its config.json"
+                f"{weight_name}: got {loaded_weight.dtype} {list(loaded_weight.shape)} for this rank, expected at most "
+                f"{target.dtype} {list(target.shape)}; the checkpoint does not match its config.json, fetch it again"
             )
         target[tuple(slice(size) for size in loaded_weight.shape)].copy_(loaded_weight)
         return True if return_success else None
