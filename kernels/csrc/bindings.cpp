@@ -108,6 +108,15 @@ int64_t workspace_bytes_op(int64_t tokens, int64_t hidden_size, int64_t intermed
                          static_cast<int>(num_experts), static_cast<int>(local_experts), static_cast<int>(top_k));
 }
 
+// Lines of the dispatch table, that is, values of `config`.
+int64_t configurations() {
+  static const int64_t count = [] {
+    const std::string table = launch_table == nullptr ? "" : launch_table();
+    return std::count(table.begin(), table.end(), '\n');
+  }();
+  return count;
+}
+
 void moe(const Tensor& x, const Tensor& w13, const Tensor& w2, const std::optional<Tensor>& w13_bias,
          const std::optional<Tensor>& w2_bias, const std::optional<Tensor>& router_logits,
          const std::optional<Tensor>& topk_ids, const std::optional<Tensor>& topk_weights,
@@ -127,6 +136,9 @@ void moe(const Tensor& x, const Tensor& w13, const Tensor& w2, const std::option
   if (intermediate < 1) refuse("w2", " has an intermediate size of 0, expected a multiple of 32");
   if (hidden < 1 || hidden % 32 != 0) refuse("x", " has hidden size ", hidden, ", expected a multiple of 32");
   if (tokens > (1 << 24)) refuse("x", " has ", tokens, " tokens, expected at most ", 1 << 24);
+
+  if (config < -1 || (launch_table != nullptr && config >= configurations()))
+    refuse("config", " is ", config, ", expected -1 (the default rule) to ", configurations() - 1);
 
   check(x, "x", device, ScalarType::BFloat16, {tokens, hidden});
   check(w13, "w13", device, ScalarType::Byte, {local_experts, intermediate / 16, hidden / 32, 544});

@@ -17,7 +17,7 @@ inline void define_ops(torch::stable::detail::StableLibrary& m) {
   // The GPUs it was compiled for, as CMake writes them ("90-real 120-virtual"), or "stub".
   m.def("architectures() -> str");
   // What `config` counts, one a line: name, the most threads of its kernels' blocks, their most bytes of dynamic shared
-  // memory.
+  // memory, newline.
   m.def("launch_table() -> str");
 }
 

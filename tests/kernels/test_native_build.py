@@ -342,6 +342,29 @@ print(why_not(gpu, shape))
     ], result.stderr
 
 
+def test_every_tuned_rule_names_kernels_that_exist(library: Path):
+    result = in_a_new_process(
+        library,
+        """
+native.load()
+from vllm_mxfp4_sm120 import config_path
+for path in sorted(config_path("tuning").glob("*.json")):
+    rule = native.tuned(path.stem)
+    assert rule and rule[-1].tokens == rule[-1].tokens_per_expert == float("inf"), f"{path} leaves some sizes out"
+assert native.tuned("a card never seen") == ()
+print("read")
+""",
+    )
+    assert result.stdout == "read\n", result.stderr
+
+
+def test_the_first_limit_that_holds_chooses():
+    everything = float("inf")
+    rule = (native.Limit(3, 8, everything), native.Limit(5, everything, 24), native.Limit(7, everything, everything))
+    assert [native.choose(rule, *size) for size in ((1, 90), (8, 24), (9, 24), (9, 24.5))] == [3, 3, 5, 7]
+    assert native.choose(rule[:2], 9, 25) == native.choose((), 1, 1) == native.DEFAULT_CONFIG
+
+
 # ---- the stub, and where nothing can be built ------------------------------------------------------------------------
 
 

@@ -5,15 +5,17 @@ Weights lie as `native_layout` says.
 
 from __future__ import annotations
 
+import json
 import re
 import warnings
+from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
-from vllm_mxfp4_sm120 import envs
+from vllm_mxfp4_sm120 import config_path, envs
 from vllm_mxfp4_sm120.backends.base import Backend, Prepared
 from vllm_mxfp4_sm120.backends.native_layout import check_scales, tile_experts
 from vllm_mxfp4_sm120.moe import Activation, MoEShape, MoEWeights
@@ -28,7 +30,8 @@ MAX_TOP_K = 8
 # The longest row that the kernels for few tokens hold.
 MAX_SIZE = 7168
 
-DEFAULT_CONFIG = -1  # the library's own dispatch rule
+# The library's own rule for which kernels run, where configs/tuning/ has none for the card.
+DEFAULT_CONFIG = -1
 
 
 class Native(Backend):
@@ -168,6 +171,54 @@ def covers(architectures: str, capability: tuple[int, int]) -> bool:
     return False
 
 
+@dataclass(frozen=True)
+class Limit:
+    """One line of a card's rule: the configuration for up to so many tokens, and so many per expert on average."""
+
+    config: int
+    tokens: float
+    tokens_per_expert: float
+
+
+@lru_cache
+def tuned(card: str) -> tuple[Limit, ...]:
+    """The card's rule, configs/tuning/<card's name>.json, smallest first; empty where nobody has tuned for it.
+
+    {"rule": [{"kernel": "...", "tokens": 8}, {"kernel": "...", "tokens_per_expert": 24}, {"kernel": "..."}]}; kernels
+    by their names in `launch_table`. Raises ValueError for any other.
+    """
+    path = config_path("tuning", re.sub(r"\W+", "_", card) + ".json")
+    if not path.exists():
+        return ()
+    names = [line.split()[0] for line in torch.ops.mxfp4_sm120.launch_table().splitlines()]
+    limits = []
+    for entry in json.loads(path.read_text())["rule"]:
+        if entry["kernel"] not in names:
+            raise ValueError(f"{path.name}: {entry['kernel']} is not a kernel of {LIBRARY.name}: {', '.join(names)}")
+        everything = float("inf")
+        limits.append(
+            Limit(
+                names.index(entry["kernel"]),
+                entry.get("tokens", everything),
+                entry.get("tokens_per_expert", everything),
+            )
+        )
+    return tuple(limits)
+
+
+def choose(rule: tuple[Limit, ...], tokens: int, tokens_per_expert: float) -> int:
+    """The first configuration whose limits hold."""
+    for limit in rule:
+        if tokens <= limit.tokens and tokens_per_expert <= limit.tokens_per_expert:
+            return limit.config
+    return DEFAULT_CONFIG
+
+
+@lru_cache
+def _rule(device: torch.device) -> tuple[Limit, ...]:
+    return tuned(torch.cuda.get_device_name(device)) if device.type == "cuda" else ()
+
+
 # The library's `moe` takes its workspace and output from the caller. `moe_layer` is what is called: it brings both, so
 # that torch.compile and CUDA graphs see one functional op.
 
@@ -202,6 +253,8 @@ def _moe_layer(
     config: int,
 ) -> Tensor:
     out = torch.empty_like(x)
+    if config == DEFAULT_CONFIG:
+        config = choose(_rule(x.device), x.shape[0], x.shape[0] * top_k / num_experts)
     # At least what one token needs, and for a power of two of tokens: then workspaces together are at most twice the
     # largest, however the token count grows.
     tokens = 1 << max(x.shape[0] - 1, 0).bit_length()
