@@ -35,7 +35,9 @@ class Answers:
     def worst_difference(self, other: Answers) -> float:
         """The largest difference of a log-probability. The tokens must be the same."""
         assert self.tokens == other.tokens
-        return (torch.tensor(self.logprobs) - torch.tensor(other.logprobs)).abs().max().item()
+        difference = (torch.tensor(self.logprobs) - torch.tensor(other.logprobs)).abs().max().item()
+        print(f"log-probabilities differ by at most {difference:.4f}")  # pytest -rP shows it
+        return difference
 
 
 def generate(

@@ -13,6 +13,7 @@ from vllm.platforms import current_platform
 
 from vllm_mxfp4_sm120 import envs
 from vllm_mxfp4_sm120.checkpoint import INDEX, MODEL_TYPE, QUANT_METHODS, Checkpoint, Packing, Sizes
+from vllm_mxfp4_sm120.memory import configure_torch
 
 NAME = "mxfp4_sm120"
 
@@ -73,6 +74,8 @@ class Mxfp4Sm120Config(QuantizationConfig):
         # Without weights there, vLLM may have been told to invent them (--load-format dummy).
         if directory.is_dir() and (any(directory.glob("*.safetensors")) or (directory / INDEX).exists()):
             Checkpoint(directory)
+        # Here, because this model is ours, and no process has touched CUDA yet: workers inherit the environment.
+        configure_torch()
 
     def get_quant_method(self, layer: torch.nn.Module, prefix: str) -> QuantizeMethodBase | None:
         from vllm_mxfp4_sm120.quantization.fused_moe import Mxfp4Sm120MoEMethod
