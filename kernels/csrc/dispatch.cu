@@ -1,6 +1,7 @@
 // The entry point: carves the workspace, picks kernels by token count, launches.
-#include "dispatch.h"
+#include <string>
 
+#include "dispatch.h"
 #include "layer.cuh"
 
 namespace mxfp4_sm120 {
@@ -29,8 +30,7 @@ Workspace carve(uint8_t* base, int M, int H, int I, int local_experts, int top_k
   Workspace w{};
   const int64_t slots = static_cast<int64_t>(M) * top_k;
   w.decode.ready = c.take<int>(MAX_EXPERTS);
-  w.decode.done = c.take<int>(1);
-  w.decode.arrived = c.take<int>(H / TILE * DECODE_MAX_TOKENS);
+  w.decode.done = c.take<int>(2);
   c.at = COUNTER_BYTES;
   w.grouped.expert = c.take<int>(slots);
   w.grouped.weight = c.take<float>(slots);
@@ -42,24 +42,37 @@ Workspace carve(uint8_t* base, int M, int H, int I, int local_experts, int top_k
   return w;
 }
 
-// The dispatch table: which kernel, by tokens per expert (M * top_k / num_experts). `config` in moe_forward indexes it.
+// The dispatch table; `config` in moe_forward indexes it. A grouped configuration is named after its token tile.
 struct Config {
   const char* name;
-  bool decode;
-  int variant;
+  int variant;  // of grouped_gemm; -1: the decode kernel
 };
 constexpr Config CONFIGS[] = {
-    {"decode0", true, 0},   {"decode1", true, 1},   {"decode2", true, 2},   {"decode3", true, 3},    {"tokens16", false, 0},
-    {"tokens32", false, 1}, {"tokens64", false, 2}, {"tokens128", false, 3}, {"tokens256", false, 4}, {"tokens64x2", false, 5},
+    {"decode", -1}, {"tokens8", 0}, {"tokens16", 1}, {"tokens32", 2}, {"tokens64", 3},
 };
+constexpr int DECODE = 0, CONFIG_COUNT = sizeof(CONFIGS) / sizeof(CONFIGS[0]);
 
+// For cards without a tuning file: by the tokens that an expert gets on average.
 int default_config(const MoeArgs& args) {
-  if (args.M <= DECODE_MAX_TOKENS) return 0;
+  if (decode_layer_takes(args)) return DECODE;
   const int per_expert = args.M * args.top_k / args.num_experts;
-  return per_expert <= 10 ? 4 : per_expert <= 24 ? 5 : per_expert <= 56 ? 6 : 7;
+  return per_expert <= 5 ? 1 : per_expert <= 11 ? 2 : per_expert <= 22 ? 3 : 4;
 }
 
 }  // namespace
+
+// name, threads of a block, bytes of shared memory of a block, newline; in the order of `config`.
+const char* launch_table() {
+  static const std::string table = [] {
+    std::string text;
+    for (const Config& c : CONFIGS) {
+      const Footprint f = c.variant < 0 ? decode_layer_footprint() : grouped_layer_footprint(c.variant);
+      text += std::string(c.name) + " " + std::to_string(f.threads) + " " + std::to_string(f.shared_bytes) + "\n";
+    }
+    return text;
+  }();
+  return table.c_str();
+}
 
 int64_t workspace_bytes(int M, int H, int I, int, int local_experts, int top_k) {
   return carve(nullptr, M, H, I, local_experts, top_k).bytes;
@@ -67,16 +80,23 @@ int64_t workspace_bytes(int M, int H, int I, int, int local_experts, int top_k) 
 
 const char* moe_forward(const MoeArgs& args, int config, cudaStream_t stream) {
   if (args.M == 0) return nullptr;
-  int device = 0, multiprocessors = 0;
-  if (cudaGetDevice(&device) != cudaSuccess ||
-      cudaDeviceGetAttribute(&multiprocessors, cudaDevAttrMultiProcessorCount, device) != cudaSuccess)
+  int ordinal = 0, major = 0;
+  Device device{};
+  if (cudaGetDevice(&ordinal) != cudaSuccess ||
+      cudaDeviceGetAttribute(&device.multiprocessors, cudaDevAttrMultiProcessorCount, ordinal) != cudaSuccess ||
+      cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, ordinal) != cudaSuccess)
     return "the current device can't be queried";
+  device.dependent_launch = major >= 9;
   const Workspace ws = carve(args.workspace, args.M, args.H, args.I, args.local_experts, args.top_k);
-  const Config& c = CONFIGS[config < 0 ? default_config(args) : config];
-  if (c.decode) return decode_layer_forward(args, ws.decode, c.variant, multiprocessors, stream);
-  if (const char* why = route_and_group(args, ws.grouped, stream)) return why;
-  if (const char* why = grouped_layer_forward(args, ws.grouped, c.variant, multiprocessors, stream)) return why;
-  return combine(args, ws.grouped, stream);
+  if (config < 0) config = default_config(args);
+  if (config >= CONFIG_COUNT) return "no such configuration";
+  if (config == DECODE) {
+    if (!decode_layer_takes(args)) return "the decode kernel takes up to 16 tokens, up to 8 where H or I exceeds 2880";
+    return decode_layer_forward(args, ws.decode, device, stream);
+  }
+  if (const char* why = route_and_group(args, ws.grouped, device, stream)) return why;
+  if (const char* why = grouped_layer_forward(args, ws.grouped, CONFIGS[config].variant, device, stream)) return why;
+  return combine(args, ws.grouped, device, stream);
 }
 
 }  // namespace mxfp4_sm120

@@ -4,13 +4,12 @@
 
 namespace mxfp4_sm120 {
 
-constexpr int DECODE_MAX_TOKENS = 8;  // one n8 column tile
+constexpr int DECODE_MAX_TOKENS = 16;  // two n8 column tiles
 
 // Counters are zero between calls.
 struct DecodeWorkspace {
-  int* ready;     // [256] gate-up results finished, per active expert
-  int* done;      // [1] blocks finished
-  int* arrived;   // [H/32 * 8] experts added so far, per 32 rows and token
+  int* ready;     // [256] gate-up items finished, per active expert
+  int* done;      // [2] blocks that have arrived at the grid barrier, and left it
   uint16_t* act;  // bf16 [M * k, I]
   float* y;       // fp32 [M * k, H], already weighted
 };
@@ -24,18 +23,29 @@ struct GroupedWorkspace {
   float* y;         // fp32 [M * k, H], by slot, already weighted
 };
 
-// Each returns nullptr or why it could not launch.
-const char* decode_layer_forward(const MoeArgs& args, const DecodeWorkspace& ws, int variant, int multiprocessors,
-                                 cudaStream_t stream);
-const char* route_and_group(const MoeArgs& args, const GroupedWorkspace& ws, cudaStream_t stream);
-const char* grouped_layer_forward(const MoeArgs& args, const GroupedWorkspace& ws, int variant, int multiprocessors,
-                                  cudaStream_t stream);
-const char* combine(const MoeArgs& args, const GroupedWorkspace& ws, cudaStream_t stream);
+struct Device {
+  int multiprocessors;
+  bool dependent_launch;  // sm_90 and newer: a kernel may start while the one before it drains
+};
 
-// Launches `kernel` so that on sm_90 and newer it may start while the kernel before it drains.
+// What a configuration asks of the card, at most, for one block.
+struct Footprint {
+  int threads, shared_bytes;
+};
+
+// Each launcher returns nullptr or why it could not launch.
+bool decode_layer_takes(const MoeArgs& args);
+Footprint decode_layer_footprint();
+const char* decode_layer_forward(const MoeArgs& args, const DecodeWorkspace& ws, const Device& device, cudaStream_t stream);
+Footprint grouped_layer_footprint(int variant);
+const char* grouped_layer_forward(const MoeArgs& args, const GroupedWorkspace& ws, int variant, const Device& device,
+                                  cudaStream_t stream);
+const char* route_and_group(const MoeArgs& args, const GroupedWorkspace& ws, const Device& device, cudaStream_t stream);
+const char* combine(const MoeArgs& args, const GroupedWorkspace& ws, const Device& device, cudaStream_t stream);
+
 template <typename... Params, typename... Args>
-const char* launch_dependent(void (*kernel)(Params...), dim3 grid, int block, int shared, cudaStream_t stream, bool dependent,
-                             Args... args) {
+const char* launch_kernel(void (*kernel)(Params...), int grid, int block, int shared, cudaStream_t stream, bool dependent,
+                          Args... args) {
   cudaLaunchAttribute attribute{};
   attribute.id = cudaLaunchAttributeProgrammaticStreamSerialization;
   attribute.val.programmaticStreamSerializationAllowed = 1;

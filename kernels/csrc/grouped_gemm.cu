@@ -1,11 +1,13 @@
 // Grouped GEMM over experts, for more tokens than the decode kernel takes: gate-up (with SwiGLU) and down are two launches
 // of one template.
 //
-// A persistent grid, one block per multiprocessor. An item is (expert, group of weight rows, tile of that expert's
-// tokens), with the token tiles of one row group next to each other so that its weights are read from memory once. One
-// producer warp fills a ring of shared-memory stages (weights by bulk copy, gathered token rows by cp.async) and runs
-// ahead into the next item; the consumer warps decode packed weights straight into A operands, in registers, and never
-// write a decoded weight anywhere.
+// A persistent grid. An item is (expert, group of weight rows, tile of that expert's tokens), with the token tiles of one
+// row group next to each other so that its weights are read from memory once. Threads fill a ring of shared-memory stages
+// with cp.async, ahead of the arithmetic and across items: packed weight tiles and gathered token rows. Warps decode
+// weights straight into A operands, in registers, and never write a decoded weight anywhere.
+//
+// There is no producer warp: a ninth warp would take a third of one scheduler's registers, and the accumulators need them.
+// So the copying code stands in every warp's way and is kept short: plain cp.async groups, one block barrier a stage.
 #include "dispatch.h"
 #include "layer.cuh"
 
@@ -31,11 +33,15 @@ struct Shape {
   static constexpr int ROW_TILES = WR * WM, TOKENS = 8 * NT * WN, WARPS = WM * WN, THREADS = 32 * WARPS;
   static constexpr int WEIGHT_BYTES = ROW_TILES * KT * TILE_BYTES, TOKEN_BYTES = KT * TOKENS * 64;
   static constexpr int STAGE_BYTES = WEIGHT_BYTES + TOKEN_BYTES;
-  static constexpr int BYTES = STAGES * (STAGE_BYTES + 16) + (MAX_EXPERTS + 1) * 8;
-  // 16-byte chunks of token rows in a stage, per thread; a thread keeps to SOURCES of the rows.
-  static constexpr int CHUNKS = (KT * TOKENS * 4 + THREADS - 1) / THREADS;
-  static constexpr int SOURCES = TOKENS * 4 > THREADS ? TOKENS * 4 / THREADS : 1;
-  static_assert(THREADS % (TOKENS * 4) == 0 || TOKENS * 4 % THREADS == 0);
+  static constexpr int BYTES = STAGES * STAGE_BYTES + (MAX_EXPERTS + 1) * 8;
+  // 16-byte chunks of a stage, per thread. A thread keeps to SOURCES of the token rows: one where the chunks of a k-tile
+  // divide the threads, else as many as it takes to cover a k-tile.
+  static constexpr int ALL_WEIGHT_CHUNKS = WEIGHT_BYTES / 16, WEIGHT_CHUNKS = (ALL_WEIGHT_CHUNKS + THREADS - 1) / THREADS;
+  static constexpr int K_TILE_CHUNKS = TOKENS * 4;
+  static constexpr bool EVEN = THREADS % K_TILE_CHUNKS == 0;
+  static constexpr int SOURCES = EVEN ? 1 : (K_TILE_CHUNKS + THREADS - 1) / THREADS;
+  static constexpr int TOKEN_CHUNKS = EVEN ? (KT * K_TILE_CHUNKS + THREADS - 1) / THREADS : KT * SOURCES;
+  static_assert(STAGES >= 3);
   static_assert(BYTES * BLOCKS + (BLOCKS - 1) * 1024 <= MAX_SHARED_BYTES);
 };
 
@@ -54,152 +60,152 @@ struct Item {
   }
 };
 
-// Fills the ring, a stage at a time, for the items a block will meet: every thread copies its share of the token rows,
-// one lane of each warp starts the bulk copies of some weight row tiles. There is no producer warp because a ninth warp
-// would take a third of one scheduler's registers, and the accumulators need them.
+// Fills the ring, a stage at a time, for the items a block will meet.
 template <typename S, bool GATE_UP>
 struct Loader {
   const Gemm& p;
   const int* tiles;
   const int* offsets;
-  uint32_t smem, full;
-  int row_tiles, k_tiles, row_groups, warp, lane;
+  uint32_t smem;
+  int row_tiles, k_tiles, row_groups, index;
   Item item;
-  int index, k = 0, stage = 0, row_tile_count = 0;
+  int k = 0, stage = 0;
   bool alive = true;
-  const uint8_t* weights = nullptr;
-  const uint16_t* source[S::SOURCES];  // nullptr past the last token
+  const uint8_t* weights = nullptr;           // of the current row group, at k
+  uint32_t weight_offset[S::WEIGHT_CHUNKS];   // of this thread's chunks, from there
+  uint32_t weight_rows = 0;                   // bit i: chunk i belongs to a row that exists
+  uint32_t token_offset[S::SOURCES];          // bytes from p.in to this thread's rows
+  int token_bytes[S::SOURCES];                // 16; 0: zeros, no such token; -1: nothing, its n8 tile is never read
+
+  __device__ __forceinline__ Loader(const Gemm& p, const int* tiles, const int* offsets, uint32_t smem, int row_tiles, int k_tiles,
+                                    int row_groups)
+      : p(p), tiles(tiles), offsets(offsets), smem(smem), row_tiles(row_tiles), k_tiles(k_tiles), row_groups(row_groups),
+        index(blockIdx.x) {
+#pragma unroll
+    for (int i = 0; i < S::WEIGHT_CHUNKS; ++i) {
+      const int chunk = threadIdx.x + i * S::THREADS, row_tile = chunk / (S::KT * 34);
+      weight_offset[i] = row_tile * k_tiles * TILE_BYTES + (chunk - row_tile * S::KT * 34) * 16;
+    }
+    begin_item();
+  }
 
   __device__ __forceinline__ void begin_item() {
     alive = item.find(index, row_groups, S::TOKENS, p.experts, tiles, offsets);
     index += gridDim.x;
+    k = 0;
     if (!alive) return;
     const int first = item.row_group * S::ROW_TILES;
-    row_tile_count = min(S::ROW_TILES, row_tiles - first);
-    weights = p.weights + (static_cast<int64_t>(item.expert) * row_tiles + first + warp) * k_tiles * TILE_BYTES;
+    weights = p.weights + (static_cast<int64_t>(item.expert) * row_tiles + first) * k_tiles * TILE_BYTES;
+    weight_rows = 0;
+#pragma unroll
+    for (int i = 0; i < S::WEIGHT_CHUNKS; ++i) {
+      const int row_tile = (threadIdx.x + i * S::THREADS) / (S::KT * 34);
+      weight_rows |= (row_tile < S::ROW_TILES && first + row_tile < row_tiles) << i;
+    }
 #pragma unroll
     for (int i = 0; i < S::SOURCES; ++i) {
-      const int t = (threadIdx.x / 4 + i * (S::THREADS / 4)) % S::TOKENS;
-      source[i] = nullptr;
-      if (t < item.tokens) {
-        const int at = item.begin + t, row = GATE_UP ? p.order[at] / p.top_k : at;
-        source[i] = p.in + static_cast<int64_t>(row) * p.K + threadIdx.x % 4 * 8;
-      }
+      const int chunk = threadIdx.x + i * S::THREADS, t = S::EVEN ? chunk / 4 % S::TOKENS : chunk / 4;
+      const bool exists = t < item.tokens;
+      const int row = !exists ? 0 : GATE_UP ? p.order[item.begin + t] / p.top_k : item.begin + t;
+      token_offset[i] = static_cast<uint32_t>(row) * p.K * 2 + threadIdx.x % 4 * 16;
+      token_bytes[i] = exists ? 16 : (t & ~7) < item.tokens ? 0 : -1;
     }
   }
 
   __device__ __forceinline__ void load_stage() {
-    if (!alive) return;
-    const int kts = S::KT == 1 ? 1 : min(S::KT, k_tiles - k);
-    const uint32_t base = smem + stage * S::STAGE_BYTES, bar = full + stage * 8;
+    if (alive) {
+      const uint32_t dst = smem + stage * S::STAGE_BYTES + threadIdx.x * 16;
+      const int kts = S::KT == 1 ? 1 : min(S::KT, k_tiles - k);
 #pragma unroll
-    for (int r = 0; r < S::ROW_TILES; r += S::WARPS) {
-      const bool mine = r + warp < row_tile_count;
-      const uint32_t dst = base + (r + warp) * S::KT * TILE_BYTES;
-      const uint8_t* const src = weights + (static_cast<int64_t>(r) * k_tiles + k) * TILE_BYTES;
-#if __CUDA_ARCH__ >= 900
-      if (lane == 0) {
-        if (mine) {
-          mbar_expect(bar, kts * TILE_BYTES);
-          bulk_copy(dst, src, kts * TILE_BYTES, bar);
-        } else {
-          mbar_arrive(bar);
-        }
+      for (int i = 0; i < S::WEIGHT_CHUNKS; ++i)
+        if ((weight_rows >> i & 1) && (kts == S::KT || (threadIdx.x + i * S::THREADS) / 34 % S::KT < kts))
+          cp_async16(dst + i * S::THREADS * 16, weights + weight_offset[i]);
+#pragma unroll
+      for (int i = 0; i < S::TOKEN_CHUNKS; ++i) {
+        // In the stage: [k-tile t][token][4 chunks].
+        const int source = S::EVEN ? 0 : i % S::SOURCES;
+        const int t = S::EVEN ? (threadIdx.x + i * S::THREADS) / S::K_TILE_CHUNKS : i / S::SOURCES;
+        const int chunk = S::EVEN ? i * S::THREADS : t * S::K_TILE_CHUNKS + source * S::THREADS;
+        if (t < kts && token_bytes[source] >= 0)
+          cp_async16(dst + S::WEIGHT_BYTES + chunk * 16, reinterpret_cast<const uint8_t*>(p.in) + token_offset[source] + (k + t) * 64,
+                     token_bytes[source]);
       }
-#else
-      if (mine)
-        for (int b = lane * 16; b < kts * TILE_BYTES; b += 512) cp_async16(dst + b, src + b);
-#endif
+      weights += S::KT * TILE_BYTES;
+      k += S::KT;
+      if (k >= k_tiles) begin_item();
     }
-#pragma unroll
-    for (int i = 0; i < S::CHUNKS; ++i) {
-      const int chunk = threadIdx.x + i * S::THREADS, t = chunk / (S::TOKENS * 4), token = chunk / 4 % S::TOKENS;
-      const uint16_t* const from = source[i % S::SOURCES];
-      // Whole n8 tiles without a token are never read; the rest of the last one is zeros.
-      if (t < kts && (token & ~7) < item.tokens)
-        cp_async16(base + S::WEIGHT_BYTES + chunk * 16, from == nullptr ? p.in : from + (k + t) * TILE, from != nullptr);
-    }
-    cp_async_arrive(bar);
+    cp_async_commit();
     if (++stage == S::STAGES) stage = 0;
-    k += S::KT;
-    if (k >= k_tiles) {
-      k = 0;
-      begin_item();
-    }
   }
 };
 
-// A block's place in the ring.
-struct Cursor {
-  int stage = 0;
-  uint32_t parity = 0;
-  int previous = -1;  // the stage before, whose refill is due
-  uint32_t previous_parity = 0;
-};
-
+// acc += weights x tokens over one item, whose first stage has landed; the next item's first stage has when it returns.
+// Software-pipelined: while the tensor cores work on one half tile, the next one is decoded and the next k-tile's
+// operands are fetched, so that a warp always has products to issue.
 template <typename S, int NTA, typename L>
-__device__ __forceinline__ void main_loop(float (&acc)[2 * S::WR][S::NT][4], L& loader, uint32_t smem, uint32_t full,
-                                          uint32_t empty, int k_tiles, int wm, int wn, int lane, bool valid, Cursor& at) {
-  const int g = lane >> 2, q = lane & 3;
+__device__ __forceinline__ void main_loop(float (&acc)[2 * S::WR][S::NT][4], L& loader, uint32_t smem, int k_tiles, int wm, int wn,
+                                          int lane, int& stage) {
+  constexpr int HALVES = 2 * S::WR;  // m16 tiles of a warp
+  const uint32_t my_weights = smem + wm * S::WR * S::KT * TILE_BYTES;
+  const uint32_t my_tokens = smem + S::WEIGHT_BYTES + (wn * 8 + (lane >> 2)) * 64 + (lane & 3) * 16;
+  PackedTile tile[S::WR];
+  uint4 b[NTA];
+  auto load_weights = [&](int stage, int t) {
+#pragma unroll
+    for (int r = 0; r < S::WR; ++r) tile[r] = load_tile(my_weights + stage * S::STAGE_BYTES + (r * S::KT + t) * TILE_BYTES, lane);
+  };
+  auto load_tokens = [&](int stage, int t, int n) {
+    b[n] = lds128(my_tokens + stage * S::STAGE_BYTES + t * S::TOKENS * 64 + n * S::WN * 512);
+  };
+  load_weights(stage, 0);
+#pragma unroll
+  for (int n = 0; n < NTA; ++n) load_tokens(stage, 0, n);
+  AFragments a = decode_half_tile(tile[0], 0);
   for (int k = 0; k < k_tiles; k += S::KT) {
-    mbar_wait(full + at.stage * 8, at.parity);
-    const uint32_t weights = smem + at.stage * S::STAGE_BYTES + wm * S::WR * S::KT * TILE_BYTES;
-    const uint32_t tokens = smem + at.stage * S::STAGE_BYTES + S::WEIGHT_BYTES + (wn * 8 + g) * 64 + q * 16;
-    if (valid) {
+    const int next_stage = stage + 1 == S::STAGES ? 0 : stage + 1;
 #pragma unroll
-      for (int t = 0; t < S::KT; ++t) {
-        if (S::KT > 1 && k + t >= k_tiles) break;
-        uint4 b[NTA];
+    for (int t = 0; t < S::KT; ++t) {
+      if (S::KT > 1 && k + t >= k_tiles) break;
+      // The next k-tile lies in this stage or the next; past the item's end it is fetched and not used.
+      const bool leaving = t + 1 == S::KT || k + t + 1 >= k_tiles;
+      const int from = leaving ? next_stage : stage, u = leaving ? 0 : t + 1;
 #pragma unroll
-        for (int n = 0; n < NTA; ++n) b[n] = lds128(tokens + t * S::TOKENS * 64 + n * S::WN * 512);
-#pragma unroll
-        for (int r = 0; r < S::WR; ++r) {
-          const PackedTile tile = load_tile(weights + (r * S::KT + t) * TILE_BYTES, lane);
-#pragma unroll
-          for (int m = 0; m < 2; ++m) {
-            const AFragments a = decode_half_tile(tile, m);
-#pragma unroll
-            for (int n = 0; n < NTA; ++n) mma_bf16(acc[2 * r + m][n], a.lo[0], a.hi[0], a.lo[1], a.hi[1], b[n].x, b[n].y);
-#pragma unroll
-            for (int n = 0; n < NTA; ++n) mma_bf16(acc[2 * r + m][n], a.lo[2], a.hi[2], a.lo[3], a.hi[3], b[n].z, b[n].w);
+      for (int h = 0; h < HALVES; ++h) {
+        AFragments next;
+        if (h + 1 < HALVES) {
+          next = decode_half_tile(tile[(h + 1) / 2], (h + 1) % 2);
+        } else {
+          if (leaving) {
+            cp_async_wait<S::STAGES - 3>();  // the next stage has landed, for this thread's copies and, after the barrier, for all
+            __syncthreads();                 // and every warp holds all of this stage in registers: refill it
+            loader.load_stage();
           }
+          load_weights(from, u);
         }
+#pragma unroll
+        for (int n = 0; n < NTA; ++n) mma_bf16(acc[h][n], a.lo[0], a.hi[0], a.lo[1], a.hi[1], b[n].x, b[n].y);
+#pragma unroll
+        for (int n = 0; n < NTA; ++n) {
+          mma_bf16(acc[h][n], a.lo[2], a.hi[2], a.lo[3], a.hi[3], b[n].z, b[n].w);
+          if (h + 1 == HALVES) load_tokens(from, u, n);
+        }
+        if (h + 1 == HALVES) next = decode_half_tile(tile[0], 0);
+        a = next;
       }
     }
-    __syncwarp();
-    if (lane == 0) mbar_arrive(empty + at.stage * 8);
-    // Refill the stage before this one, not this one: the other warps have had a whole stage's time to leave it.
-    if (loader.alive && at.previous >= 0) mbar_wait(empty + at.previous * 8, at.previous_parity);
-    loader.load_stage();
-    at.previous = at.stage;
-    at.previous_parity = at.parity;
-    if (++at.stage == S::STAGES) {
-      at.stage = 0;
-      at.parity ^= 1;
-    }
+    stage = next_stage;
   }
 }
 
 template <typename S, bool GATE_UP>
 __global__ void __launch_bounds__(S::THREADS, S::BLOCKS) grouped_gemm(const Gemm p) {
   extern __shared__ __align__(128) uint8_t smem_bytes[];
-  const uint32_t smem = smem_addr(smem_bytes), full = smem + S::STAGES * S::STAGE_BYTES, empty = full + S::STAGES * 8;
-  int* const tiles = reinterpret_cast<int*>(smem_bytes + S::STAGES * (S::STAGE_BYTES + 16));
+  const uint32_t smem = smem_addr(smem_bytes);
+  int* const tiles = reinterpret_cast<int*>(smem_bytes + S::STAGES * S::STAGE_BYTES);
   int* const offsets = tiles + MAX_EXPERTS + 1;
   const int warp = threadIdx.x / 32, lane = threadIdx.x % 32, g = lane >> 2, q = lane & 3;
   const int row_tiles = p.rows / TILE, k_tiles = p.K / TILE, row_groups = (row_tiles + S::ROW_TILES - 1) / S::ROW_TILES;
 
-  if (threadIdx.x == 0) {
-    for (int s = 0; s < S::STAGES; ++s) {
-#if __CUDA_ARCH__ >= 900
-      mbar_init(full + s * 8, S::THREADS + (S::ROW_TILES + S::WARPS - 1) / S::WARPS * S::WARPS);
-#else
-      mbar_init(full + s * 8, S::THREADS);
-#endif
-      mbar_init(empty + s * 8, S::WARPS);
-    }
-    mbar_init_fence();
-  }
   wait_for_previous_kernel();
   for (int e = threadIdx.x; e <= p.experts; e += S::THREADS) offsets[e] = p.offsets[e];
   __syncthreads();
@@ -220,18 +226,18 @@ __global__ void __launch_bounds__(S::THREADS, S::BLOCKS) grouped_gemm(const Gemm
   }
   __syncthreads();
 
-  Loader<S, GATE_UP> loader{p, tiles, offsets, smem, full, row_tiles, k_tiles, row_groups, warp, lane, {}, static_cast<int>(blockIdx.x)};
-  loader.begin_item();
+  Loader<S, GATE_UP> loader(p, tiles, offsets, smem, row_tiles, k_tiles, row_groups);
   for (int s = 0; s < S::STAGES - 1; ++s) loader.load_stage();
+  cp_async_wait<S::STAGES - 2>();
+  __syncthreads();
   Item item;
-  Cursor at;
+  int stage = 0;
   const int wm = warp % S::WM, wn = warp / S::WM;
   for (int i = blockIdx.x; item.find(i, row_groups, S::TOKENS, p.experts, tiles, offsets); i += gridDim.x) {
     const int first = item.row_group * S::ROW_TILES + wm * S::WR;
     const int active = ((item.tokens + 7) / 8 + S::WN - 1) / S::WN;  // n8 tiles per warp that hold tokens
     float acc[2 * S::WR][S::NT][4] = {};
-    const bool valid = first < row_tiles;
-#define RUN(NTA) main_loop<S, NTA>(acc, loader, smem, full, empty, k_tiles, wm, wn, lane, valid, at)
+#define RUN(NTA) main_loop<S, NTA>(acc, loader, smem, k_tiles, wm, wn, lane, stage)
     if constexpr (S::NT >= 8) {
       if (active <= S::NT / 4) RUN(S::NT / 4);
       else if (active <= S::NT / 2) RUN(S::NT / 2);
@@ -244,36 +250,38 @@ __global__ void __launch_bounds__(S::THREADS, S::BLOCKS) grouped_gemm(const Gemm
       RUN(S::NT);
     }
 #undef RUN
+    float4 bias[S::WR];
 #pragma unroll
     for (int r = 0; r < S::WR; ++r) {
-      const int row = (first + r) * TILE + 4 * g;
-      if (first + r >= row_tiles) continue;
-      float4 bias{0.f, 0.f, 0.f, 0.f};
-      if (p.bias != nullptr) {
-        const uint2 v = *reinterpret_cast<const uint2*>(p.bias + static_cast<int64_t>(item.expert) * p.rows + row);
+      bias[r] = {0.f, 0.f, 0.f, 0.f};
+      if (p.bias != nullptr && first + r < row_tiles) {
+        const uint2 v = *reinterpret_cast<const uint2*>(p.bias + static_cast<int64_t>(item.expert) * p.rows + (first + r) * TILE + 4 * g);
         const float2 lo = unpack_bf16x2(v.x), hi = unpack_bf16x2(v.y);
-        bias = {lo.x, lo.y, hi.x, hi.y};
+        bias[r] = {lo.x, lo.y, hi.x, hi.y};
       }
+    }
 #pragma unroll
-      for (int n = 0; n < S::NT; ++n) {
+    for (int n = 0; n < S::NT; ++n) {
 #pragma unroll
-        for (int c = 0; c < 2; ++c) {
-          const int t = (n * S::WN + wn) * 8 + 2 * q + c;
-          if (t >= item.tokens) continue;
-          const int at = item.begin + t;
-          float4 v{acc[2 * r][n][c], acc[2 * r][n][2 + c], acc[2 * r + 1][n][c], acc[2 * r + 1][n][2 + c]};
-          v.x = v.x * ACCUMULATOR_SCALE + bias.x;
-          v.y = v.y * ACCUMULATOR_SCALE + bias.y;
-          v.z = v.z * ACCUMULATOR_SCALE + bias.z;
-          v.w = v.w * ACCUMULATOR_SCALE + bias.w;
+      for (int c = 0; c < 2; ++c) {
+        const int t = (n * S::WN + wn) * 8 + 2 * q + c;
+        if (t >= item.tokens) continue;
+        const int at = item.begin + t, slot = GATE_UP ? at : p.order[at];
+        const float weight = GATE_UP ? 1.f : p.slot_weight[slot];
+        const int64_t out = static_cast<int64_t>(slot) * (GATE_UP ? p.rows / 2 : p.rows);
+#pragma unroll
+        for (int r = 0; r < S::WR; ++r) {
+          if (first + r >= row_tiles) continue;
+          const int row = (first + r) * TILE + 4 * g;
+          const float (&lo)[4] = acc[2 * r][n], (&hi)[4] = acc[2 * r + 1][n];
+          const float4 v{lo[c] * ACCUMULATOR_SCALE + bias[r].x, lo[2 + c] * ACCUMULATOR_SCALE + bias[r].y,
+                         hi[c] * ACCUMULATOR_SCALE + bias[r].z, hi[2 + c] * ACCUMULATOR_SCALE + bias[r].w};
           if constexpr (GATE_UP) {
-            const uint32_t both = pack_bf16x2(activate(v.x, v.y, p.swiglu_oai), activate(v.z, v.w, p.swiglu_oai));
-            *reinterpret_cast<uint32_t*>(static_cast<uint16_t*>(p.out) + static_cast<int64_t>(at) * (p.rows / 2) + row / 2) = both;
+            *reinterpret_cast<uint32_t*>(static_cast<uint16_t*>(p.out) + out + row / 2) =
+                pack_bf16x2(activate(v.x, v.y, p.swiglu_oai), activate(v.z, v.w, p.swiglu_oai));
           } else {
-            const int slot = p.order[at];
-            const float w = p.slot_weight[slot];
-            v = {v.x * w, v.y * w, v.z * w, v.w * w};
-            __stcs(reinterpret_cast<float4*>(static_cast<float*>(p.out) + static_cast<int64_t>(slot) * p.rows + row), v);
+            __stcs(reinterpret_cast<float4*>(static_cast<float*>(p.out) + out + row),
+                   float4{v.x * weight, v.y * weight, v.z * weight, v.w * weight});
           }
         }
       }
@@ -283,42 +291,50 @@ __global__ void __launch_bounds__(S::THREADS, S::BLOCKS) grouped_gemm(const Gemm
 }
 
 template <typename S, bool GATE_UP>
-const char* launch(const Gemm& p, int multiprocessors, cudaStream_t stream) {
+const char* launch(const Gemm& p, const Device& device, cudaStream_t stream) {
   auto* kernel = grouped_gemm<S, GATE_UP>;
   if (cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, S::BYTES) != cudaSuccess)
     return "grouped_gemm: the device refuses its shared memory";
-  return launch_dependent(kernel, multiprocessors * S::BLOCKS, S::THREADS, S::BYTES, stream, true, p);
+  return launch_kernel(kernel, device.multiprocessors * S::BLOCKS, S::THREADS, S::BYTES, stream, device.dependent_launch, p);
 }
 
-//                     WR WM WN NT KT stages blocks
-using Tokens16 = Shape<1, 8, 1, 2, 3, 6>;
-using Tokens32 = Shape<1, 8, 1, 4, 3, 5>;
-using Tokens64 = Shape<1, 8, 1, 8, 2, 5>;
-using Tokens128 = Shape<2, 4, 2, 8, 1, 7>;
-using Tokens256 = Shape<2, 2, 4, 8, 1, 5>;
-using Tokens64x2 = Shape<2, 4, 1, 8, 1, 5, 2>;
+// Two blocks share a multiprocessor: one's barrier, start or epilogue is covered by the other's products. Few tokens: 192
+// rows (6 x 32), which divides GPT-OSS's 2880 and 5760. Many: 64 x 64 per warp, the most that the registers hold.
+//                    WR WM WN NT KT stages blocks
+using Tokens8 = Shape<1, 6, 1, 1, 3, 4, 2>;
+using Tokens16 = Shape<1, 6, 1, 2, 2, 5, 2>;
+using Tokens32 = Shape<1, 6, 1, 4, 2, 4, 2>;
+using Tokens64 = Shape<2, 4, 1, 8, 1, 5, 2>;
 
 template <typename S>
-const char* both(const Gemm& gate_up, const Gemm& down, int multiprocessors, cudaStream_t stream) {
-  if (const char* why = launch<S, true>(gate_up, multiprocessors, stream)) return why;
-  return launch<S, false>(down, multiprocessors, stream);
+const char* both(const Gemm& gate_up, const Gemm& down, const Device& device, cudaStream_t stream) {
+  if (const char* why = launch<S, true>(gate_up, device, stream)) return why;
+  return launch<S, false>(down, device, stream);
 }
 
 }  // namespace
 
-const char* grouped_layer_forward(const MoeArgs& args, const GroupedWorkspace& ws, int variant, int multiprocessors,
+Footprint grouped_layer_footprint(int variant) {
+  switch (variant) {
+    case 0: return {Tokens8::THREADS, Tokens8::BYTES};
+    case 1: return {Tokens16::THREADS, Tokens16::BYTES};
+    case 2: return {Tokens32::THREADS, Tokens32::BYTES};
+    case 3: return {Tokens64::THREADS, Tokens64::BYTES};
+    default: return {0, 0};
+  }
+}
+
+const char* grouped_layer_forward(const MoeArgs& args, const GroupedWorkspace& ws, int variant, const Device& device,
                                   cudaStream_t stream) {
   const Gemm gate_up{args.w13, static_cast<const uint16_t*>(args.w13_bias), static_cast<const uint16_t*>(args.x), ws.act, ws.offsets,
                      ws.order, ws.weight, args.local_experts, 2 * args.I, args.H, args.top_k, args.swiglu_oai};
   const Gemm down{args.w2, static_cast<const uint16_t*>(args.w2_bias), ws.act, ws.y, ws.offsets,
                   ws.order, ws.weight, args.local_experts, args.H, args.I, args.top_k, args.swiglu_oai};
   switch (variant) {
-    case 0: return both<Tokens16>(gate_up, down, multiprocessors, stream);
-    case 1: return both<Tokens32>(gate_up, down, multiprocessors, stream);
-    case 2: return both<Tokens64>(gate_up, down, multiprocessors, stream);
-    case 3: return both<Tokens128>(gate_up, down, multiprocessors, stream);
-    case 4: return both<Tokens256>(gate_up, down, multiprocessors, stream);
-    case 5: return both<Tokens64x2>(gate_up, down, multiprocessors, stream);
+    case 0: return both<Tokens8>(gate_up, down, device, stream);
+    case 1: return both<Tokens16>(gate_up, down, device, stream);
+    case 2: return both<Tokens32>(gate_up, down, device, stream);
+    case 3: return both<Tokens64>(gate_up, down, device, stream);
     default: return "grouped_layer: no such variant";
   }
 }

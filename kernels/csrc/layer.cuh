@@ -60,13 +60,14 @@ __device__ __forceinline__ void mma_half_tile(float (&d)[4], const AFragments& a
 }
 
 // GPT-OSS: min(gate, 7) * sigmoid(1.702 gate) * (clamp(up, -7, 7) + 1); otherwise silu(gate) * up. NaN stays NaN.
+// __fdividef is good to 2 ulp and gives 0 for the huge denominators of very negative gates.
 __device__ __forceinline__ float activate(float gate, float up, bool swiglu_oai) {
   if (swiglu_oai) {
     gate = gate > 7.f ? 7.f : gate;
     up = up > 7.f ? 7.f : (up < -7.f ? -7.f : up);
-    return gate / (1.f + __expf(-1.702f * gate)) * (up + 1.f);
+    return __fdividef(gate, 1.f + __expf(-1.702f * gate)) * (up + 1.f);
   }
-  return gate / (1.f + __expf(-gate)) * up;
+  return __fdividef(gate, 1.f + __expf(-gate)) * up;
 }
 
 __device__ __forceinline__ float2 unpack_bf16x2(uint32_t v) {

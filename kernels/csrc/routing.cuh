@@ -33,10 +33,12 @@ __device__ inline Choice route_token(const MoeArgs& args, int token, int lane, b
   } else {
     uint32_t key[MAX_EXPERTS / 32];
     const int64_t row = static_cast<int64_t>(token) * args.num_experts;
+    const int words = (args.num_experts + 31) / 32;  // leaves the loops below early; they stay unrolled for the registers
 #pragma unroll
     for (int i = 0; i < MAX_EXPERTS / 32; ++i) {
       const int e = lane + 32 * i;
       key[i] = 0;
+      if (i >= words) break;
       if (e < args.num_experts) {
         const float v = args.logits_fp32 ? static_cast<const float*>(args.router_logits)[row + e]
                                          : __bfloat162float(static_cast<const __nv_bfloat16*>(args.router_logits)[row + e]);
@@ -47,16 +49,23 @@ __device__ inline Choice route_token(const MoeArgs& args, int token, int lane, b
     for (int j = 0; j < k; ++j) {
       uint32_t best = 0;
 #pragma unroll
-      for (int i = 0; i < MAX_EXPERTS / 32; ++i) best = max(best, key[i]);
+      for (int i = 0; i < MAX_EXPERTS / 32; ++i) {
+        if (i >= words) break;
+        best = max(best, key[i]);
+      }
       best = __reduce_max_sync(~0u, best);
       int chosen = MAX_EXPERTS;
 #pragma unroll
-      for (int i = MAX_EXPERTS / 32 - 1; i >= 0; --i)
-        if (key[i] == best) chosen = lane + 32 * i;
+      for (int i = 0; i < MAX_EXPERTS / 32; ++i) {
+        if (i >= words) break;
+        if (key[i] == best) chosen = min(chosen, lane + 32 * i);
+      }
       chosen = __reduce_min_sync(~0u, chosen);
 #pragma unroll
-      for (int i = 0; i < MAX_EXPERTS / 32; ++i)
+      for (int i = 0; i < MAX_EXPERTS / 32; ++i) {
+        if (i >= words) break;
         if (lane + 32 * i == chosen) key[i] = 0;
+      }
       if (j == 0) top = unsortable(best);
       if (lane == j) {
         expert = chosen;
