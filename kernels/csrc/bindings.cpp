@@ -22,7 +22,7 @@ extern "C" __attribute__((weak)) AOTITorchError aoti_torch_get_current_cuda_stre
 namespace mxfp4_sm120 {
 
 // The dispatch table in its order: see ops.h.
-__attribute__((weak)) const char* launch_table();
+const char* launch_table();
 
 namespace {
 
@@ -111,7 +111,7 @@ int64_t workspace_bytes_op(int64_t tokens, int64_t hidden_size, int64_t intermed
 // Lines of the dispatch table, that is, values of `config`.
 int64_t configurations() {
   static const int64_t count = [] {
-    const std::string table = launch_table == nullptr ? "" : launch_table();
+    const std::string table = launch_table();
     return std::count(table.begin(), table.end(), '\n');
   }();
   return count;
@@ -137,7 +137,7 @@ void moe(const Tensor& x, const Tensor& w13, const Tensor& w2, const std::option
   if (hidden < 1 || hidden % 32 != 0) refuse("x", " has hidden size ", hidden, ", expected a multiple of 32");
   if (tokens > (1 << 24)) refuse("x", " has ", tokens, " tokens, expected at most ", 1 << 24);
 
-  if (config < -1 || (launch_table != nullptr && config >= configurations()))
+  if (config < -1 || config >= configurations())
     refuse("config", " is ", config, ", expected -1 (the default rule) to ", configurations() - 1);
 
   check(x, "x", device, ScalarType::BFloat16, {tokens, hidden});
@@ -205,7 +205,7 @@ void moe(const Tensor& x, const Tensor& w13, const Tensor& w2, const std::option
 }
 
 std::string architectures() { return MXFP4_SM120_ARCHITECTURES; }
-std::string launch_table_op() { return launch_table == nullptr ? "" : launch_table(); }
+std::string launch_table_op() { return launch_table(); }
 
 }  // namespace
 

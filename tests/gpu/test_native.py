@@ -28,8 +28,8 @@ pytestmark = pytest.mark.skipif(why_not() is not None, reason=str(why_not()))
 
 # Two BF16 roundings, of the activations between the GEMMs and of the output, make 1.65e-3.
 TOLERANCE = 2.0e-3
-# Around every change of kernel: one n8 tile of tokens, tiles of 16 to 128 tokens an expert.
-TOKENS = (1, 2, 3, 8, 9, 16, 33, 64, 150, 513)
+# Around every change of kernel: one and two n8 tiles of tokens, tiles of 8 to 64 tokens an expert.
+TOKENS = (1, 2, 3, 8, 9, 16, 17, 33, 64, 150, 513)
 
 
 def random_weights(shape: MoEShape, low: int = 118, high: int = 124, seed: int = 0) -> MoEWeights:
@@ -107,7 +107,7 @@ LARGE = (
 
 
 @pytest.mark.parametrize("shape", SMALL, ids=str)
-@pytest.mark.parametrize("tokens", [0, 1, 2, 8, 9, 40, 130])
+@pytest.mark.parametrize("tokens", [0, 1, 2, 8, 9, 16, 17, 40, 130])
 def test_small_shapes(shape: MoEShape, tokens: int):
     layer = Layer(shape)
     x, logits = inputs(shape, tokens)
@@ -163,7 +163,7 @@ def test_skewed_routing(layer: Layer, tokens: int):
     assert error(out, reference(layer.weights, x, ids, gates)) <= TOLERANCE
 
 
-@pytest.mark.parametrize("tokens", [1, 8, 64, 300])
+@pytest.mark.parametrize("tokens", [1, 8, 16, 64, 300])
 @pytest.mark.parametrize("scales", ["whole range", "smallest", "largest", "equal", "alternating", "zero rows"])
 def test_scales(scales: str, tokens: int):
     shape = MoEShape(8, 8, 320, 352, 2, has_bias=False)
@@ -225,7 +225,7 @@ def op_arguments(layer: Layer, x: Tensor, logits: Tensor) -> dict:
 # ---- a token's answer is its own ------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("tokens", [2, 8, 33, 150])
+@pytest.mark.parametrize("tokens", [2, 8, 16, 33, 150])
 @pytest.mark.parametrize("poison", [torch.nan, torch.inf, -torch.inf, 3e38])
 def test_a_poisoned_token_stays_alone(layer: Layer, tokens: int, poison: float):
     x, logits = inputs(layer.shape, tokens)
@@ -239,7 +239,7 @@ def test_a_poisoned_token_stays_alone(layer: Layer, tokens: int, poison: float):
         assert bool(out[bad].isnan().all())
 
 
-@pytest.mark.parametrize("tokens", [2, 8, 33, 150])
+@pytest.mark.parametrize("tokens", [2, 8, 16, 33, 150])
 def test_other_tokens_values_do_not_matter(layer: Layer, tokens: int):
     x, logits = inputs(layer.shape, tokens)
     first = layer(x, logits)
@@ -247,7 +247,7 @@ def test_other_tokens_values_do_not_matter(layer: Layer, tokens: int):
     assert torch.equal(layer(x, logits)[0], first[0])
 
 
-@pytest.mark.parametrize("tokens", [1, 8, 64, 513])
+@pytest.mark.parametrize("tokens", [1, 8, 16, 64, 513])
 def test_the_same_bits_a_thousand_times(layer: Layer, tokens: int):
     x, logits = inputs(layer.shape, tokens)
     first = layer(x, logits)
@@ -260,7 +260,7 @@ def test_the_same_bits_a_thousand_times(layer: Layer, tokens: int):
 # ---- expert parallel ------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("tokens", [1, 8, 33, 150])
+@pytest.mark.parametrize("tokens", [1, 8, 16, 33, 150])
 @pytest.mark.parametrize("ranks", [2, 4])
 def test_ranks_sum_to_the_whole(layer: Layer, tokens: int, ranks: int):
     x, logits = inputs(layer.shape, tokens)
@@ -303,7 +303,7 @@ def test_a_rank_without_any_chosen_expert_gives_zeros(layer: Layer):
 # ---- inside torch ---------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("tokens", [1, 8, 64, 300])
+@pytest.mark.parametrize("tokens", [1, 8, 16, 64, 300])
 def test_cuda_graph(layer: Layer, tokens: int):
     x, logits = inputs(layer.shape, tokens)
     layer(x, logits)
@@ -355,7 +355,7 @@ def test_torch_compile(layer: Layer, backend: str):
         assert torch.equal(compiled(x, logits), layer(x * 2, logits) + 1)
 
 
-@pytest.mark.parametrize("tokens", [1, 8, 40])
+@pytest.mark.parametrize("tokens", [1, 8, 16, 40])
 def test_opcheck(layer: Layer, tokens: int):
     x, logits = inputs(layer.shape, tokens)
     arguments = op_arguments(layer, x, logits)

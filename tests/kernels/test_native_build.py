@@ -219,13 +219,16 @@ def test_no_kernel_spills_or_has_a_stack_frame(resources, sass):
 
 
 def test_no_block_has_more_shared_memory_than_sm120_gives(library: Path, resources):
-    static = max(use["SHARED"] for use in resources.values())
+    """The GEMMs' shared memory is dynamic: the library lists it. Beside it they may have static memory."""
+    # As sm_80 counts it: from sm_90 on, the system's 1 KB is included.
+    static = {kernel: use["SHARED"] for (arch, kernel), use in resources.items() if arch == "sm_80"}
+    gemms = [size for kernel, size in static.items() if re.search("decode_layer|grouped_gemm", kernel)]
     table = in_a_new_process(library, "native.load(); print(torch.ops.mxfp4_sm120.launch_table())")
-    lines = table.stdout.split("\n")
-    launches = [(name, int(threads), int(dynamic)) for name, threads, dynamic in map(str.split, filter(None, lines))]
+    launches = [line.split() for line in table.stdout.splitlines() if line]
     assert launches, table.stderr
-    for name, _, dynamic in launches:
-        assert dynamic + static <= MAX_SHARED_BYTES, f"{name}: {dynamic} dynamic and up to {static} static bytes"
+    for name, _threads, dynamic in launches:
+        assert int(dynamic) + max(gemms) <= MAX_SHARED_BYTES, f"{name}: {dynamic} dynamic, {max(gemms)} static bytes"
+    assert max(static.values()) <= MAX_SHARED_BYTES
 
 
 def test_only_instructions_that_every_card_has(sass):

@@ -27,7 +27,7 @@ LIBRARY = Path(__file__).parents[1] / "_native.so"
 # Of the kernels: lists of experts and chosen experts are kept in registers and shared memory of these sizes.
 MAX_EXPERTS = 256
 MAX_TOP_K = 8
-# The longest row that the kernels for few tokens hold.
+# The longest row that the kernel for few tokens holds in registers, and that the others are tested with.
 MAX_SIZE = 7168
 
 # The library's own rule for which kernels run, where configs/tuning/ has none for the card.
