@@ -70,11 +70,10 @@ struct Loader {
   int row_tiles, k_tiles, row_groups, index;
   Item item;
   int k = 0, stage = 0;
-  bool alive = true;
   const uint8_t* weights = nullptr;           // of the current row group, at k
   uint32_t weight_offset[S::WEIGHT_CHUNKS];   // of this thread's chunks, from there
   uint32_t weight_rows = 0;                   // bit i: chunk i belongs to a row that exists
-  uint32_t token_offset[S::SOURCES];          // bytes from p.in to this thread's rows
+  const uint8_t* token_row[S::SOURCES];       // this thread's rows, at k
   int token_bytes[S::SOURCES];                // 16; 0: zeros, no such token; -1: nothing, its n8 tile is never read
 
   __device__ __forceinline__ Loader(const Gemm& p, const int* tiles, const int* offsets, uint32_t smem, int row_tiles, int k_tiles,
@@ -90,13 +89,15 @@ struct Loader {
   }
 
   __device__ __forceinline__ void begin_item() {
-    alive = item.find(index, row_groups, S::TOKENS, p.experts, tiles, offsets);
+    const bool exists = item.find(index, row_groups, S::TOKENS, p.experts, tiles, offsets);
     index += gridDim.x;
     k = 0;
-    if (!alive) return;
+    weight_rows = 0;
+#pragma unroll
+    for (int i = 0; i < S::SOURCES; ++i) token_bytes[i] = -1;
+    if (!exists) return;  // from here on nothing is copied
     const int first = item.row_group * S::ROW_TILES;
     weights = p.weights + (static_cast<int64_t>(item.expert) * row_tiles + first) * k_tiles * TILE_BYTES;
-    weight_rows = 0;
 #pragma unroll
     for (int i = 0; i < S::WEIGHT_CHUNKS; ++i) {
       const int row_tile = (threadIdx.x + i * S::THREADS) / (S::KT * 34);
@@ -107,35 +108,38 @@ struct Loader {
       const int chunk = threadIdx.x + i * S::THREADS, t = S::EVEN ? chunk / 4 % S::TOKENS : chunk / 4;
       const bool exists = t < item.tokens;
       const int row = !exists ? 0 : GATE_UP ? p.order[item.begin + t] / p.top_k : item.begin + t;
-      token_offset[i] = static_cast<uint32_t>(row) * p.K * 2 + threadIdx.x % 4 * 16;
+      token_row[i] = reinterpret_cast<const uint8_t*>(p.in) + static_cast<int64_t>(row) * p.K * 2 + threadIdx.x % 4 * 16;
       token_bytes[i] = exists ? 16 : (t & ~7) < item.tokens ? 0 : -1;
     }
   }
 
+  // Starts the copies of one stage. No branches, so that products are scheduled in between.
   __device__ __forceinline__ void load_stage() {
-    if (alive) {
-      const uint32_t dst = smem + stage * S::STAGE_BYTES + threadIdx.x * 16;
-      const int kts = S::KT == 1 ? 1 : min(S::KT, k_tiles - k);
+    const uint32_t dst = smem + stage * S::STAGE_BYTES + threadIdx.x * 16;
+    const int kts = S::KT == 1 ? 1 : min(S::KT, k_tiles - k);
 #pragma unroll
-      for (int i = 0; i < S::WEIGHT_CHUNKS; ++i)
-        if ((weight_rows >> i & 1) && (kts == S::KT || (threadIdx.x + i * S::THREADS) / 34 % S::KT < kts))
-          cp_async16(dst + i * S::THREADS * 16, weights + weight_offset[i]);
+    for (int i = 0; i < S::WEIGHT_CHUNKS; ++i)
+      if ((weight_rows >> i & 1) && (kts == S::KT || (threadIdx.x + i * S::THREADS) / 34 % S::KT < kts))
+        cp_async16(dst + i * S::THREADS * 16, weights + weight_offset[i]);
 #pragma unroll
-      for (int i = 0; i < S::TOKEN_CHUNKS; ++i) {
-        // In the stage: [k-tile t][token][4 chunks].
-        const int source = S::EVEN ? 0 : i % S::SOURCES;
-        const int t = S::EVEN ? (threadIdx.x + i * S::THREADS) / S::K_TILE_CHUNKS : i / S::SOURCES;
-        const int chunk = S::EVEN ? i * S::THREADS : t * S::K_TILE_CHUNKS + source * S::THREADS;
-        if (t < kts && token_bytes[source] >= 0)
-          cp_async16(dst + S::WEIGHT_BYTES + chunk * 16, reinterpret_cast<const uint8_t*>(p.in) + token_offset[source] + (k + t) * 64,
-                     token_bytes[source]);
-      }
-      weights += S::KT * TILE_BYTES;
-      k += S::KT;
-      if (k >= k_tiles) begin_item();
+    for (int i = 0; i < S::TOKEN_CHUNKS; ++i) {
+      // In the stage: [k-tile t][token][4 chunks].
+      const int source = S::EVEN ? 0 : i % S::SOURCES;
+      const int t = S::EVEN ? (threadIdx.x + i * S::THREADS) / S::K_TILE_CHUNKS : i / S::SOURCES;
+      const int chunk = S::EVEN ? i * S::THREADS : t * S::K_TILE_CHUNKS + source * S::THREADS;
+      if (t < kts && token_bytes[source] >= 0)
+        cp_async16(dst + S::WEIGHT_BYTES + chunk * 16, token_row[source] + t * 64, token_bytes[source]);
     }
     cp_async_commit();
+  }
+
+  __device__ __forceinline__ void advance() {
+    weights += S::KT * TILE_BYTES;
+#pragma unroll
+    for (int i = 0; i < S::SOURCES; ++i) token_row[i] += S::KT * 64;
+    k += S::KT;
     if (++stage == S::STAGES) stage = 0;
+    if (k >= k_tiles) begin_item();
   }
 };
 
@@ -193,6 +197,7 @@ __device__ __forceinline__ void main_loop(float (&acc)[2 * S::WR][S::NT][4], L& 
         a = next;
       }
     }
+    loader.advance();
     stage = next_stage;
   }
 }
@@ -227,7 +232,10 @@ __global__ void __launch_bounds__(S::THREADS, S::BLOCKS) grouped_gemm(const Gemm
   __syncthreads();
 
   Loader<S, GATE_UP> loader(p, tiles, offsets, smem, row_tiles, k_tiles, row_groups);
-  for (int s = 0; s < S::STAGES - 1; ++s) loader.load_stage();
+  for (int s = 0; s < S::STAGES - 1; ++s) {
+    loader.load_stage();
+    loader.advance();
+  }
   cp_async_wait<S::STAGES - 2>();
   __syncthreads();
   Item item;

@@ -23,9 +23,9 @@ constexpr int MAX_SHARED_BYTES = 99 * 1024;
 // 2^SCALE_OFFSET_EXP, which the decoded weights lack (see decode.cuh).
 constexpr float ACCUMULATOR_SCALE = static_cast<float>(1ull << SCALE_OFFSET_EXP);
 
-// Row r's scale byte, as the exponent of both halves of a bf16x2 power of two.
-__device__ __forceinline__ uint32_t scale_of_row(uint32_t four_scales, int r) {
-  return __byte_perm(four_scales, 0, (r << 12) | (4 << 8) | (r << 4) | 4) >> 1;
+// The scale bytes of rows 2m and 2m + 1 as bf16 powers of two, in the low and the high half.
+__device__ __forceinline__ uint32_t scales_of_rows(uint32_t four_scales, int m) {
+  return __byte_perm(four_scales, 0, ((2 * m + 1) << 12) | (4 << 8) | ((2 * m) << 4) | 4) >> 1;
 }
 
 // One tile's codes and scales, as a lane reads them from shared memory.
@@ -45,7 +45,8 @@ __device__ __forceinline__ AFragments decode_half_tile(const PackedTile& t, int 
   AFragments a;
   decode_word(m == 0 ? t.codes.x : t.codes.z, a.lo);
   decode_word(m == 0 ? t.codes.y : t.codes.w, a.hi);
-  const uint32_t s_lo = scale_of_row(t.scales, 2 * m), s_hi = scale_of_row(t.scales, 2 * m + 1);
+  const uint32_t scales = scales_of_rows(t.scales, m);
+  const uint32_t s_lo = __byte_perm(scales, 0, 0x1010), s_hi = __byte_perm(scales, 0, 0x3232);
 #pragma unroll
   for (int p = 0; p < 4; ++p) {
     a.lo[p] = mul_bf16x2(a.lo[p], s_lo);
