@@ -349,10 +349,10 @@ def _combine(
     for slot in tl.static_range(TOP_K):
         pair = token * TOP_K + slot
         weight = tl.load(topk_weights + pair).to(tl.float32)
-        live = column < H
-        if HAS_MAP:
-            live = live & (tl.load(expert_map + tl.load(topk_ids + pair)) >= 0)
-        total += weight * tl.load(down + pair * H + column, mask=live, other=0.0)
+        width = H
+        if HAS_MAP:  # a scalar condition & a block's is no mask to the interpreter of Triton 3.9
+            width = tl.where(tl.load(expert_map + tl.load(topk_ids + pair)) >= 0, H, 0)
+        total += weight * tl.load(down + pair * H + column, mask=column < width, other=0.0)
     tl.store(out + token * H + column, total.to(tl.bfloat16), mask=column < H)
 
 
