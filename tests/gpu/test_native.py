@@ -26,7 +26,8 @@ def why_not() -> str | None:
 
 pytestmark = pytest.mark.skipif(why_not() is not None, reason=str(why_not()))
 
-# Two BF16 roundings, of the activations between the GEMMs and of the output, make 1.65e-3.
+# Against a reference that rounds the activation between the GEMMs to BF16 as the kernels do; the output's own rounding
+# makes 1.65e-3. (Against one that rounds nothing the two roundings make 2.33e-3.)
 TOLERANCE = 2.0e-3
 # Around every change of kernel: one and two n8 tiles of tokens, tiles of 8 to 64 tokens an expert.
 TOKENS = (1, 2, 3, 8, 9, 16, 17, 33, 64, 150, 513)
@@ -73,7 +74,7 @@ class Layer:
 
     def expected(self, x: Tensor, logits: Tensor) -> Tensor:
         ids, gates = topk_softmax(logits, self.shape.top_k)
-        return reference(self.weights, x, ids, gates, self.shape.activation)
+        return reference(self.weights, x, ids, gates, self.shape.activation, activation_dtype=torch.bfloat16)
 
     def check(self, x: Tensor, logits: Tensor) -> None:
         out = self(x, logits)
@@ -160,7 +161,7 @@ def test_skewed_routing(layer: Layer, tokens: int):
     ids = torch.arange(tokens * layer.shape.top_k, device="cuda").view(tokens, -1) % layer.shape.num_experts
     gates = torch.rand(tokens, layer.shape.top_k, device="cuda")
     out = layer.backend.forward(layer.prepared, x, ids, gates)
-    assert error(out, reference(layer.weights, x, ids, gates)) <= TOLERANCE
+    assert error(out, reference(layer.weights, x, ids, gates, activation_dtype=torch.bfloat16)) <= TOLERANCE
 
 
 @pytest.mark.parametrize("tokens", [1, 8, 16, 64, 300])
@@ -274,7 +275,7 @@ def test_ranks_sum_to_the_whole(layer: Layer, tokens: int, ranks: int):
         weights = MoEWeights(**{name: None if t is None else t[mine] for name, t in vars(layer.weights).items()})
         part = Native(replace(layer.shape, local_experts=len(mine)))
         prepared = part.prepare(copied(weights))
-        expected = reference(weights, x, ids, gates, expert_map=expert_map)
+        expected = reference(weights, x, ids, gates, expert_map=expert_map, activation_dtype=torch.bfloat16)
         for out in (
             part.forward_logits(prepared, x, logits, expert_map),
             part.forward(prepared, x, ids, gates, expert_map),
@@ -427,7 +428,7 @@ def every_second_row(tensor: Tensor) -> Tensor:
     ("name", "change", "message"),
     [
         ("x", lambda t: t.float(), "x is float32, expected bfloat16"),
-        ("x", lambda t: t[:, :-32], "w13 has shape"),
+        ("x", lambda t: t[:, :-32].contiguous(), "w13 has shape"),
         ("x", lambda t: t[:, :-1].contiguous(), "x has hidden size 735, expected a multiple of 32"),
         ("x", lambda t: t.view(-1), "x has 1 dimensions, expected 2"),
         ("x", lambda t: t.T.contiguous().T, "x is not contiguous"),

@@ -258,7 +258,7 @@ def _moe_layer(
     # At least what one token needs, and for a power of two of tokens: then workspaces together are at most twice the
     # largest, however the token count grows.
     tokens = 1 << max(x.shape[0] - 1, 0).bit_length()
-    bytes_needed = _workspace_bytes(tokens, x.shape[1], w2.shape[2] * 32, num_experts, w2.shape[0], top_k)
+    bytes_needed = _workspace_bytes(tokens, x.shape[-1], w2.shape[-2] * 32, num_experts, w2.shape[0], top_k)
     torch.ops.mxfp4_sm120.moe(
         x,
         w13,
