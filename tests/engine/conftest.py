@@ -14,8 +14,10 @@ from typing import Any
 import pytest
 import torch
 
-from vllm_mxfp4_sm120 import config_path
+from vllm_mxfp4_sm120 import config_path, selector
+from vllm_mxfp4_sm120.checkpoint import Sizes
 from vllm_mxfp4_sm120.cli.serve import Server
+from vllm_mxfp4_sm120.platform import Machine
 
 PROMPT_LENGTHS = (1, 2, 5, 9, 16, 31, 47, 70)  # the tiny model's sliding window is 32
 MAX_TOKENS = 32
@@ -76,6 +78,12 @@ def prompts(tiny_config: dict) -> list[list[int]]:
         torch.randint(4, tiny_config["vocab_size"], (length,), generator=generator).tolist()
         for length in PROMPT_LENGTHS
     ]
+
+
+@pytest.fixture(scope="session")
+def choice(tiny_config: dict) -> selector.Choice:
+    """The backend that must answer on this machine: tiled, where there is no GPU."""
+    return selector.select(Machine.here(), Sizes.from_config(tiny_config).layer)
 
 
 @pytest.fixture(scope="session")

@@ -13,38 +13,44 @@ import torch
 from safetensors.torch import save_file
 
 from tests.engine.conftest import MAX_TOKENS, Answers, generate
+from vllm_mxfp4_sm120.checkpoint import Sizes
 from vllm_mxfp4_sm120.cli.serve import Server
-from vllm_mxfp4_sm120.moe import MoEShape
+from vllm_mxfp4_sm120.memory import upcast_bytes
+from vllm_mxfp4_sm120.mxfp4 import BLOCK
+from vllm_mxfp4_sm120.selector import Choice
 
 TOLERANCE = 2e-2  # of a log-probability
+two_ranks = pytest.mark.skipif(torch.cuda.device_count() == 1, reason="two ranks need two GPUs, or none")
 
 
-def assert_ours(answers: Answers, tiny_config: dict, backend: str = "tiled", tp: int = 1, ep: int = 1) -> None:
-    """The engine took our method, and every layer of every rank holds it, its backend, and packed weights only."""
+def assert_ours(answers: Answers, config: dict, choice: Choice, tp: int = 1, ep: int = 1) -> None:
+    """The engine took our method; every layer of every rank holds it, the right backend, packed weights only."""
     assert answers.quantization == "mxfp4_sm120"
     assert len(answers.layers) == tp * ep
-    experts, intermediate = tiny_config["num_local_experts"] // ep, tiny_config["intermediate_size"]
-    hidden, blocks = tiny_config["hidden_size"], -(-intermediate // tp // 32)
-    shape = MoEShape(tiny_config["num_local_experts"], experts, hidden, blocks * 32, tiny_config["num_experts_per_tok"])
-    biases = 2 * (2 * shape.intermediate_size + hidden)
+    experts, blocks = config["num_local_experts"] // ep, -(-config["intermediate_size"] // tp // BLOCK)
+    shape = replace(Sizes.from_config(config).layer, local_experts=experts, intermediate_size=blocks * BLOCK)
+    biases = 2 * (2 * shape.intermediate_size + shape.hidden_size)
     for rank in answers.layers:
-        assert len(rank) == tiny_config["num_hidden_layers"]
-        for layer in rank.values():
-            assert layer == ["Mxfp4Sm120MoEMethod", backend, experts * (shape.packed_bytes_per_expert + biases)]
+        assert len(rank) == config["num_hidden_layers"]
+        for method, backend, nbytes in rank.values():
+            assert (method, backend) == ("Mxfp4Sm120MoEMethod", choice.backend.name)
+            if backend == "tiled":  # others may pad
+                assert nbytes == experts * (shape.packed_bytes_per_expert + biases)
+            assert nbytes < upcast_bytes(shape) / 2
 
 
-def test_offline_is_transformers(offline: Answers, expected: Answers, tiny_config: dict) -> None:
-    assert_ours(offline, tiny_config)
+def test_offline_is_transformers(offline: Answers, expected: Answers, tiny_config: dict, choice: Choice) -> None:
+    assert_ours(offline, tiny_config, choice)
     assert offline.worst_difference(expected) < TOLERANCE
 
 
-def test_http_is_transformers(server: Server, expected: Answers, prompts: list[list[int]], offline: Answers) -> None:
+def test_http_is_transformers(server: Server, expected: Answers, prompts: list[list[int]], choice: Choice) -> None:
     options = {"logprobs": 0, "return_token_ids": True, "ignore_eos": True}
     choices = [server.complete(ids, MAX_TOKENS, **options)["choices"][0] for ids in prompts]
     answers = Answers(
         [choice["token_ids"] for choice in choices], [choice["logprobs"]["token_logprobs"] for choice in choices]
     )
-    assert server.answered_by() == "MXFP4 experts on cpu (cpu): tiled"
+    assert server.answered_by() == str(choice)
     assert "quantization=mxfp4_sm120" in server.log.read_text()
     assert answers.worst_difference(expected) < TOLERANCE
 
@@ -65,17 +71,19 @@ def test_the_comparison_sees_the_experts(transformers_model, expected: Answers, 
     assert min(differences) > 10 * TOLERANCE
 
 
+@two_ranks
 def test_tensor_parallel(
-    tiny: Path, prompts: list[list[int]], tmp_path: Path, offline: Answers, tiny_config: dict
+    tiny: Path, prompts: list[list[int]], tmp_path: Path, offline: Answers, tiny_config: dict, choice: Choice
 ) -> None:
     """Two ranks with 3 and 2 of the 5 blocks of the intermediate size."""
     answers = generate(tiny, prompts, tmp_path, quantization="mxfp4_sm120", enforce_eager=True, tensor_parallel_size=2)
-    assert_ours(answers, tiny_config, tp=2)
+    assert_ours(answers, tiny_config, choice, tp=2)
     assert answers.worst_difference(offline) < TOLERANCE
 
 
+@two_ranks
 def test_expert_parallel(
-    tiny: Path, prompts: list[list[int]], tmp_path: Path, offline: Answers, tiny_config: dict
+    tiny: Path, prompts: list[list[int]], tmp_path: Path, offline: Answers, tiny_config: dict, choice: Choice
 ) -> None:
     """Two ranks with half of the experts each."""
     answers = generate(
@@ -87,7 +95,23 @@ def test_expert_parallel(
         tensor_parallel_size=2,
         enable_expert_parallel=True,
     )
-    assert_ours(answers, tiny_config, ep=2)
+    assert_ours(answers, tiny_config, choice, ep=2)
+    assert answers.worst_difference(offline) < TOLERANCE
+
+
+def test_experts_chosen_by_vllms_router(
+    tiny: Path, prompts: list[list[int]], tmp_path: Path, offline: Answers, tiny_config: dict, choice: Choice
+) -> None:
+    """Asked to return the routing, the engine routes by itself and hands the method the experts it chose."""
+    answers = generate(
+        tiny,
+        prompts,
+        tmp_path,
+        quantization="mxfp4_sm120",
+        enforce_eager=True,
+        enable_return_routed_experts=True,
+    )
+    assert_ours(answers, tiny_config, choice)
     assert answers.worst_difference(offline) < TOLERANCE
 
 
@@ -121,7 +145,7 @@ def test_vllms_own_mxfp4(tiny: Path, prompts: list[list[int]], tmp_path: Path, o
 
 
 def test_without_the_plugin_it_is_noticed(
-    tiny: Path, prompts: list[list[int]], tmp_path: Path, tiny_config: dict
+    tiny: Path, prompts: list[list[int]], tmp_path: Path, tiny_config: dict, choice: Choice
 ) -> None:
     """vLLM takes an unknown quantization for its own: where that runs, tokens are right and the proof fails."""
     env = {"VLLM_PLUGINS": "none"}
@@ -132,6 +156,6 @@ def test_without_the_plugin_it_is_noticed(
         assert "No MXFP4 MoE backend supports the deployment configuration" in (tmp_path / "engine.log").read_text()
         return
     with pytest.raises(AssertionError):
-        assert_ours(answers, tiny_config)
+        assert_ours(answers, tiny_config, choice)
     with pytest.raises(AssertionError):
-        assert_ours(replace(answers, quantization="mxfp4_sm120"), tiny_config)
+        assert_ours(replace(answers, quantization="mxfp4_sm120"), tiny_config, choice)

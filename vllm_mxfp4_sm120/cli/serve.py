@@ -101,7 +101,7 @@ class Server:
         while time.monotonic() - self.started < timeout:
             if self.process.poll() is not None:
                 raise RuntimeError(
-                    f"vllm serve ended with exit status {self.process.returncode}: {self.last_error()}; see {self.log}"
+                    f"vllm serve ended with exit status {self.process.returncode}: {self.first_error()}; see {self.log}"
                 )
             try:
                 with urllib.request.urlopen(f"{self.url}/health", timeout=5):
@@ -125,11 +125,14 @@ class Server:
         found = ANSWERED_BY.search(self.log.read_text(errors="replace"))
         return found and found.group(1)
 
-    def last_error(self) -> str:
-        """The line of the log that says what went wrong, as well as one line can."""
-        lines = self.log.read_text(errors="replace").splitlines()
-        errors = [line for line in lines if re.search(r"\b(\w*Error|Value error)\b", line)]
-        return (errors or lines or ["it said nothing"])[-1].strip()
+    def first_error(self) -> str:
+        """The line of the log that says what went wrong; later ones only say that something did."""
+        text = self.log.read_text(errors="replace")
+        # Errors of configuration come inside pydantic's, those of worker processes behind the logger's prefix.
+        found = re.search(r"Value error, (.*?)(?: \[type=|$)", text, re.M) or re.search(
+            r"(?:^|\] )((?:\w+\.)*\w+Error: .*)$", text, re.M
+        )
+        return found.group(1) if found else (text.strip().splitlines() or ["it said nothing"])[-1]
 
 
 def free_port() -> int:

@@ -83,5 +83,5 @@ class Mxfp4Sm120Config(QuantizationConfig):
         if isinstance(layer, LinearBase):
             return UnquantizedLinearMethod()
         if isinstance(layer, RoutedExperts):
-            return Mxfp4Sm120MoEMethod(layer.moe_config, prefix)
+            return Mxfp4Sm120MoEMethod(layer.moe_config)
         return None

@@ -45,9 +45,8 @@ class Mxfp4Sm120MoEMethod(FusedMoEMethodBase):
     backend: Backend
     prepared: dict[str, Tensor]
 
-    def __init__(self, moe: FusedMoEConfig, prefix: str) -> None:
+    def __init__(self, moe: FusedMoEConfig) -> None:
         super().__init__(moe)
-        self.prefix = prefix
         # Returning the routing to the user needs vLLM's own router; so does any routing but GPT-OSS's.
         returns_routing = get_current_vllm_config().aux_output_config.enable_return_routed_experts
         self._routes = moe.routing_method in ROUTED_BY_BACKEND and not returns_routing
@@ -145,9 +144,6 @@ class Loader:
 
     vLLM calls it with all local experts of a stacked tensor, or with one expert (`shard_id`, `expert_id`).
     """
-
-    # vLLM asks a loader this before it passes the arguments below.
-    supports_moe_loading = True
 
     def __init__(self, layer: RoutedExperts) -> None:
         self.layer = layer
