@@ -23,10 +23,11 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from vllm_mxfp4_sm120 import mxfp4
+from vllm_mxfp4_sm120.backends.base import Backend
 from vllm_mxfp4_sm120.backends.native import Native
 from vllm_mxfp4_sm120.backends.triton import Triton
-from vllm_mxfp4_sm120.moe import MoEShape, MoEWeights, activate, topk_softmax
+from vllm_mxfp4_sm120.moe import MoEShape, MoEWeights, reference, topk_softmax
+from vllm_mxfp4_sm120.platform import Machine
 
 # Experts, and layers' weights to walk over: each far larger than any L2 cache.
 MODELS = {"20b": (MoEShape(32, 32, 2880, 2880, 4), 4), "120b": (MoEShape(128, 128, 2880, 2880, 4), 2)}
@@ -37,25 +38,22 @@ Layer = Callable[[Tensor, Tensor], Tensor]  # (x [M, H], router logits [M, E]) -
 
 
 def random_weights(shape: MoEShape, seed: int) -> MoEWeights:
-    """Random codes, scales 2^-9..2^-6, small biases."""
+    """Random codes and scales 2^-9..2^-6, drawn on the GPU: there are gigabytes of them."""
     generator = torch.Generator(DEVICE).manual_seed(seed)
     weights = MoEWeights.empty(shape, DEVICE)
     for codes, scales in ((weights.w13, weights.w13_scale), (weights.w2, weights.w2_scale)):
-        for expert in range(shape.local_experts):
-            codes[expert] = torch.randint(
-                0, 256, codes.shape[1:], dtype=torch.uint8, device=DEVICE, generator=generator
-            )
-            scales[expert] = torch.randint(
-                118, 122, scales.shape[1:], dtype=torch.uint8, device=DEVICE, generator=generator
-            )
+        codes.random_(0, 256, generator=generator)
+        scales.random_(118, 122, generator=generator)
     for bias in (weights.w13_bias, weights.w2_bias):
         if bias is not None:
             bias.normal_(std=0.1, generator=generator)
     return weights
 
 
-def ours(backend: type) -> Callable[[MoEShape, MoEWeights], Layer]:
+def ours(backend: type[Backend]) -> Callable[[MoEShape, MoEWeights], Layer]:
     def make(shape: MoEShape, weights: MoEWeights) -> Layer:
+        if why_not := backend.why_not(Machine.here(), shape):
+            raise ImportError(why_not)
         layer = backend(shape)
         prepared = layer.prepare(weights)
         return lambda x, logits: layer.forward_logits(prepared, x, logits)
@@ -73,6 +71,7 @@ def vllm_marlin(shape: MoEShape, weights: MoEWeights) -> Layer:
     from vllm.model_executor.layers.quantization.utils.marlin_utils_fp4 import prepare_moe_mxfp4_layer_for_marlin
     from vllm.scalar_type import scalar_types
 
+    assert weights.w13_bias is not None and weights.w2_bias is not None
     experts, hidden, intermediate = shape.num_experts, 3072, 2944
 
     def padded(tensor: Tensor, *sizes: int) -> Tensor:
@@ -120,10 +119,12 @@ def vllm_triton(shape: MoEShape, weights: MoEWeights) -> Layer:
         matrix, flex, scale = _swizzle_mxfp4(codes.contiguous(), scales.contiguous())
         return matrix, PrecisionConfig(**mx_scale_kwargs(scale), flex_ctx=FlexCtx(rhs_data=flex))
 
+    assert weights.w13_bias is not None and weights.w2_bias is not None
     w13, w13_precision = swizzled(weights.w13, weights.w13_scale)
     w2, w2_precision = swizzled(weights.w2, weights.w2_scale)
     config = mxfp4_w4a16_moe_quant_config(
-        w1_scale=w13_precision, w2_scale=w2_precision, w1_bias=weights.w13_bias.float(), w2_bias=weights.w2_bias.float(),
+        w1_scale=w13_precision, w2_scale=w2_precision,
+        w1_bias=weights.w13_bias.float(), w2_bias=weights.w2_bias.float(),
         gemm1_alpha=1.702, gemm1_beta=1.0, gemm1_clamp_limit=7.0,
     )  # fmt: skip
     return lambda x, logits: triton_kernel_moe_forward(
@@ -135,32 +136,25 @@ def vllm_triton(shape: MoEShape, weights: MoEWeights) -> Layer:
 BACKENDS = {"native": ours(Native), "triton": ours(Triton), "vllm-marlin": vllm_marlin, "vllm-triton": vllm_triton}
 
 
-def expected(shape: MoEShape, weights: MoEWeights, x: Tensor, logits: Tensor) -> Tensor:
-    """`moe.reference` in float64, but for the activation's rounding to BF16, which every backend makes."""
-    ids, gates = topk_softmax(logits, shape.top_k)
-    out = torch.zeros_like(x, dtype=torch.float64)
-    for expert in ids.unique().tolist():
-        token, slot = (ids == expert).nonzero(as_tuple=True)
-        hidden = x[token].double() @ mxfp4.dequantize(weights.w13[expert], weights.w13_scale[expert], torch.float64).T
-        act = activate(hidden + weights.w13_bias[expert].double(), shape.activation).bfloat16().double()
-        down = act @ mxfp4.dequantize(weights.w2[expert], weights.w2_scale[expert], torch.float64).T
-        out.index_add_(0, token, (down + weights.w2_bias[expert].double()) * gates[token, slot].double()[:, None])
-    return out
+def microseconds(layers: list[Layer], x: Tensor, all_logits: list[Tensor]) -> float:
+    """The median of one layer's time in a CUDA graph that walks over all of them."""
 
+    def walk() -> None:
+        for layer, logits in zip(layers, all_logits, strict=True):
+            layer(x, logits)
 
-def graph_microseconds(call: Callable[[], None], replays: int = 20) -> float:
     stream = torch.cuda.Stream()
     stream.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(stream):
-        call()
+        walk()
     torch.cuda.synchronize()
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
-        call()
-    return median_microseconds(graph.replay, replays)
+        walk()
+    return median_microseconds(graph.replay, 20) / len(layers)
 
 
-def median_microseconds(call: Callable[[], None], repeats: int) -> float:
+def median_microseconds(call: Callable[[], object], repeats: int) -> float:
     times = []
     for repeat in range(repeats + 3):
         start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
@@ -174,9 +168,10 @@ def median_microseconds(call: Callable[[], None], repeats: int) -> float:
 
 
 def card_rates() -> tuple[float, float]:
-    """This card's (bytes read per microsecond, BF16 multiply-adds x 2 per microsecond), measured."""
+    """This card's (bytes read and written, BF16 operations) per microsecond, measured."""
     data = torch.randint(-9, 9, (1 << 28,), dtype=torch.int32, device=DEVICE)
-    read = data.nbytes / median_microseconds(lambda: torch.sum(data, dtype=torch.int64), 10)
+    copy = torch.empty_like(data)
+    read = 2 * data.nbytes / median_microseconds(lambda: copy.copy_(data), 10)
     a, b = (torch.randn(8192, 8192, device=DEVICE).bfloat16() for _ in range(2))
     return read, 2 * 8192**3 / median_microseconds(lambda: a @ b, 10)
 
@@ -202,9 +197,8 @@ def main() -> None:
     shape = replace(shape, intermediate_size=shape.intermediate_size // arguments.tp)
     tokens_list = [int(tokens) for tokens in arguments.tokens.split(",")]
     read, multiply = card_rates()
-    print(
-        f"{torch.cuda.get_device_name()}, torch {torch.__version__}: {read / 1e6:.2f} TB/s read, {multiply / 1e6:.0f} TFLOP/s"
-    )
+    card = f"{torch.cuda.get_device_name()}, torch {torch.__version__}"
+    print(f"{card}: {read / 1e6:.2f} TB/s copied, {multiply / 1e6:.0f} TFLOP/s")
 
     torch.manual_seed(0)
     problems = {
@@ -222,17 +216,13 @@ def main() -> None:
             print(f"{name}: not measured, {missing}")
             continue
         x, logits = problems[tokens_list[0]][0][:16], problems[tokens_list[0]][1][0][:16]
-        reference = expected(shape, random_weights(shape, 0), x, logits)
-        error = (held[0](x, logits).double() - reference).norm() / reference.norm()
+        exact = reference(
+            random_weights(shape, 0), x, *topk_softmax(logits, shape.top_k), activation_dtype=torch.bfloat16
+        )
+        error = (held[0](x, logits).double() - exact).norm() / exact.norm()
         print(f"{name}: relative error {error:.2e}")
         for tokens, (x, all_logits) in problems.items():
-
-            def walk(x: Tensor = x, all_logits: list[Tensor] = all_logits, held: list[Layer] = held) -> None:
-                for layer, logits in zip(held, all_logits, strict=True):
-                    layer(x, logits)
-
-            walk()
-            results.setdefault(name, {})[tokens] = graph_microseconds(walk) / layers
+            results.setdefault(name, {})[tokens] = microseconds(held, x, all_logits)
         del held
         torch.cuda.empty_cache()
 

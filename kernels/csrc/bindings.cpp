@@ -39,21 +39,30 @@ template <typename... Parts>
 
 const char* dtype_name(ScalarType type) {
   switch (type) {
-    case ScalarType::BFloat16: return "bfloat16";
-    case ScalarType::Float: return "float32";
-    case ScalarType::Half: return "float16";
-    case ScalarType::Double: return "float64";
-    case ScalarType::Byte: return "uint8";
-    case ScalarType::Int: return "int32";
-    case ScalarType::Long: return "int64";
-    default: return "of another dtype";
+    case ScalarType::BFloat16:
+      return "bfloat16";
+    case ScalarType::Float:
+      return "float32";
+    case ScalarType::Half:
+      return "float16";
+    case ScalarType::Double:
+      return "float64";
+    case ScalarType::Byte:
+      return "uint8";
+    case ScalarType::Int:
+      return "int32";
+    case ScalarType::Long:
+      return "int64";
+    default:
+      return "of another dtype";
   }
 }
 
 std::string shape_text(const int64_t* sizes, size_t dim) {
   std::ostringstream text;
   text << "[";
-  for (size_t i = 0; i < dim; ++i) text << (i ? ", " : "") << sizes[i];
+  for (size_t i = 0; i < dim; ++i)
+    text << (i ? ", " : "") << sizes[i];
   text << "]";
   return text.str();
 }

@@ -88,12 +88,9 @@ const char* moe_forward(const MoeArgs& args, int config, cudaStream_t stream) {
     return "the current device can't be queried";
   device.dependent_launch = major >= 9;
   const Workspace ws = carve(args.workspace, args.M, args.H, args.I, args.local_experts, args.top_k);
-  if (config < 0) config = default_config(args);
   if (config >= CONFIG_COUNT) return "no such configuration";
-  if (config == DECODE) {
-    if (!decode_layer_takes(args)) return "the decode kernel takes up to 16 tokens, up to 8 where H or I exceeds 2880";
-    return decode_layer_forward(args, ws.decode, device, stream);
-  }
+  if (config < 0 || (config == DECODE && !decode_layer_takes(args))) config = default_config(args);
+  if (config == DECODE) return decode_layer_forward(args, ws.decode, device, stream);
   if (const char* why = route_and_group(args, ws.grouped, device, stream)) return why;
   if (const char* why = grouped_layer_forward(args, ws.grouped, CONFIGS[config].variant, device, stream)) return why;
   return combine(args, ws.grouped, device, stream);

@@ -15,12 +15,12 @@ struct DecodeWorkspace {
 };
 
 struct GroupedWorkspace {
-  int* expert;      // [M * k] local expert of each slot (token * k + j), -1 if elsewhere
-  float* weight;    // [M * k]
-  int* offsets;     // [local_experts + 1] where each expert's slots begin in `order`
-  int* order;       // [M * k] slots sorted by expert, stable
-  uint16_t* act;    // bf16 [M * k, I], in `order`
-  float* y;         // fp32 [M * k, H], by slot, already weighted
+  int* expert;    // [M * k] local expert of each slot (token * k + j), -1 if elsewhere
+  float* weight;  // [M * k]
+  int* offsets;   // [local_experts + 1] where each expert's slots begin in `order`
+  int* order;     // [M * k] slots sorted by expert, stable
+  uint16_t* act;  // bf16 [M * k, I], in `order`
+  float* y;       // fp32 [M * k, H], by slot, already weighted
 };
 
 struct Device {
@@ -36,7 +36,8 @@ struct Footprint {
 // Each launcher returns nullptr or why it could not launch.
 bool decode_layer_takes(const MoeArgs& args);
 Footprint decode_layer_footprint();
-const char* decode_layer_forward(const MoeArgs& args, const DecodeWorkspace& ws, const Device& device, cudaStream_t stream);
+const char* decode_layer_forward(const MoeArgs& args, const DecodeWorkspace& ws, const Device& device,
+                                 cudaStream_t stream);
 Footprint grouped_layer_footprint(int variant);
 const char* grouped_layer_forward(const MoeArgs& args, const GroupedWorkspace& ws, int variant, const Device& device,
                                   cudaStream_t stream);
@@ -44,8 +45,8 @@ const char* route_and_group(const MoeArgs& args, const GroupedWorkspace& ws, con
 const char* combine(const MoeArgs& args, const GroupedWorkspace& ws, const Device& device, cudaStream_t stream);
 
 template <typename... Params, typename... Args>
-const char* launch_kernel(void (*kernel)(Params...), int grid, int block, int shared, cudaStream_t stream, bool dependent,
-                          Args... args) {
+const char* launch_kernel(void (*kernel)(Params...), int grid, int block, int shared, cudaStream_t stream,
+                          bool dependent, Args... args) {
   cudaLaunchAttribute attribute{};
   attribute.id = cudaLaunchAttributeProgrammaticStreamSerialization;
   attribute.val.programmaticStreamSerializationAllowed = 1;

@@ -48,8 +48,8 @@ __device__ int block_scan(int v, int& total, int* scratch) {
   return before + inclusive - v;
 }
 
-// Block e finds expert e's slots by itself: how many belong to lower experts says where its run begins, and a prefix sum
-// over threads that own consecutive slots keeps their order. No atomics, no second pass over other blocks' results.
+// Block e finds expert e's slots by itself: how many belong to lower experts says where its run begins, and a prefix
+// sum over threads that own consecutive slots keeps their order. No atomics, no second pass over other blocks' results.
 template <bool FUSED>
 __global__ void __launch_bounds__(GROUP_THREADS) group_slots(const MoeArgs args, const GroupedWorkspace ws) {
   __shared__ int scratch[32];
@@ -98,7 +98,8 @@ __global__ void __launch_bounds__(256) combine_slots(const MoeArgs args, const G
   const int columns = args.H / 4;
   const int64_t i = static_cast<int64_t>(blockIdx.x) * blockDim.x + threadIdx.x;
   if (i < static_cast<int64_t>(args.M) * columns) {
-    const int token = static_cast<int>(i / columns), column = static_cast<int>(i - static_cast<int64_t>(token) * columns) * 4;
+    const int token = static_cast<int>(i / columns),
+              column = static_cast<int>(i - static_cast<int64_t>(token) * columns) * 4;
     float4 sum{0.f, 0.f, 0.f, 0.f};
 #pragma unroll 4
     for (int j = 0; j < args.top_k; ++j) {
@@ -118,16 +119,19 @@ __global__ void __launch_bounds__(256) combine_slots(const MoeArgs args, const G
 
 }  // namespace
 
-const char* route_and_group(const MoeArgs& args, const GroupedWorkspace& ws, const Device& device, cudaStream_t stream) {
+const char* route_and_group(const MoeArgs& args, const GroupedWorkspace& ws, const Device& device,
+                            cudaStream_t stream) {
   if (args.M <= FUSED_MAX_TOKENS && args.M * args.top_k <= FUSED_MAX_SLOTS)
     return launch_kernel(group_slots<true>, args.local_experts, GROUP_THREADS, 0, stream, false, args, ws);
   if (const char* why = launch_kernel(route, (args.M + 7) / 8, 256, 0, stream, false, args, ws)) return why;
-  return launch_kernel(group_slots<false>, args.local_experts, GROUP_THREADS, 0, stream, device.dependent_launch, args, ws);
+  return launch_kernel(group_slots<false>, args.local_experts, GROUP_THREADS, 0, stream, device.dependent_launch, args,
+                       ws);
 }
 
 const char* combine(const MoeArgs& args, const GroupedWorkspace& ws, const Device& device, cudaStream_t stream) {
   const int64_t threads = static_cast<int64_t>(args.M) * args.H / 4;
-  return launch_kernel(combine_slots, static_cast<int>((threads + 255) / 256), 256, 0, stream, device.dependent_launch, args, ws);
+  return launch_kernel(combine_slots, static_cast<int>((threads + 255) / 256), 256, 0, stream, device.dependent_launch,
+                       args, ws);
 }
 
 }  // namespace mxfp4_sm120

@@ -60,12 +60,22 @@ __device__ __forceinline__ void mma_half_tile(float (&d)[4], const AFragments& a
   mma_bf16(d, a.lo[2], a.hi[2], a.lo[3], a.hi[3], b.z, b.w);
 }
 
+__device__ __forceinline__ float min_nan(float a, float b) {
+  float d;
+  asm("min.NaN.f32 %0, %1, %2;" : "=f"(d) : "f"(a), "f"(b));
+  return d;
+}
+__device__ __forceinline__ float max_nan(float a, float b) {
+  float d;
+  asm("max.NaN.f32 %0, %1, %2;" : "=f"(d) : "f"(a), "f"(b));
+  return d;
+}
 // GPT-OSS: min(gate, 7) * sigmoid(1.702 gate) * (clamp(up, -7, 7) + 1); otherwise silu(gate) * up. NaN stays NaN.
 // __fdividef is good to 2 ulp and gives 0 for the huge denominators of very negative gates.
 __device__ __forceinline__ float activate(float gate, float up, bool swiglu_oai) {
   if (swiglu_oai) {
-    gate = gate > 7.f ? 7.f : gate;
-    up = up > 7.f ? 7.f : (up < -7.f ? -7.f : up);
+    gate = min_nan(gate, 7.f);
+    up = max_nan(min_nan(up, 7.f), -7.f);
     return __fdividef(gate, 1.f + __expf(-1.702f * gate)) * (up + 1.f);
   }
   return __fdividef(gate, 1.f + __expf(-gate)) * up;

@@ -9,7 +9,7 @@ namespace mxfp4_sm120 {
 // The workspace's first bytes are counters, zeroed once by the caller and left zero by every call.
 constexpr int COUNTER_BYTES = 64 * 1024;
 
-struct MoeArgs {  // all pointers on the current device
+struct MoeArgs {              // all pointers on the current device
   const void* x;              // bf16 [M, H]
   const uint8_t* w13;         // tiled: [local_experts, 2I/32, H/32, 544] bytes
   const uint8_t* w2;          // tiled: [local_experts, H/32, I/32, 544] bytes
@@ -30,7 +30,8 @@ struct MoeArgs {  // all pointers on the current device
 int64_t workspace_bytes(int M, int H, int I, int num_experts, int local_experts, int top_k);
 
 // Enqueues the layer on `stream`. Returns nullptr, or a static string saying why not. `config` indexes the dispatch
-// table (dispatch.cu); -1 is the default rule.
+// table (dispatch.cu); -1 is the default rule, which also decides where the decode kernel is asked for and can't take
+// so many tokens.
 const char* moe_forward(const MoeArgs& args, int config, cudaStream_t stream);
 
 }  // namespace mxfp4_sm120

@@ -32,6 +32,15 @@ __device__ __forceinline__ void mbar_wait(uint32_t bar, uint32_t parity) {
 #endif
 }
 
+// ---- named barriers: some warps arrive and go on, the others wait for them
+// -----------------------------------------------
+__device__ __forceinline__ void barrier_arrive(int id, int threads) {
+  asm volatile("barrier.cta.arrive %0, %1;" ::"r"(id), "r"(threads) : "memory");
+}
+__device__ __forceinline__ void barrier_wait(int id, int threads) {
+  asm volatile("barrier.cta.sync %0, %1;" ::"r"(id), "r"(threads) : "memory");
+}
+
 // ---- copies to shared memory ---------------------------------------------------------------------------------------
 __device__ __forceinline__ void cp_async16(uint32_t dst, const void* src) {
   asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" ::"r"(dst), "l"(src) : "memory");
@@ -70,7 +79,8 @@ __device__ __forceinline__ void mbar_init_fence() {
 #endif
 }
 
-// ---- programmatic dependent launch (nothing before sm_90) ------------------------------------------------------------
+// ---- programmatic dependent launch (nothing before sm_90)
+// ------------------------------------------------------------
 __device__ __forceinline__ void wait_for_previous_kernel() {
 #if __CUDA_ARCH__ >= 900
   asm volatile("griddepcontrol.wait;" ::: "memory");
@@ -82,7 +92,8 @@ __device__ __forceinline__ void let_next_kernel_start() {
 #endif
 }
 
-// ---- shared and global memory ----------------------------------------------------------------------------------------
+// ---- shared and global memory
+// ----------------------------------------------------------------------------------------
 __device__ __forceinline__ uint4 lds128(uint32_t a) {
   uint4 v;
   asm volatile("ld.shared.v4.u32 {%0,%1,%2,%3}, [%4];" : "=r"(v.x), "=r"(v.y), "=r"(v.z), "=r"(v.w) : "r"(a));
@@ -107,8 +118,9 @@ __device__ __forceinline__ int add_acq_rel(int* p, int v) {
   return old;
 }
 
-// ---- tensor core -------------------------------------------------------------------------------------------------------
-// d += a (16 x 16, row) * b (16 x 8, col), bf16 in, fp32 accumulate.
+// ---- tensor core
+// ------------------------------------------------------------------------------------------------------- d += a (16 x
+// 16, row) * b (16 x 8, col), bf16 in, fp32 accumulate.
 __device__ __forceinline__ void mma_bf16(float (&d)[4], uint32_t a0, uint32_t a1, uint32_t a2, uint32_t a3, uint32_t b0,
                                          uint32_t b1) {
   asm(  // not volatile: nothing but registers, free to be scheduled among copies and barriers

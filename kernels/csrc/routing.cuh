@@ -33,15 +33,17 @@ __device__ inline Choice route_token(const MoeArgs& args, int token, int lane, b
   } else {
     uint32_t key[MAX_EXPERTS / 32];
     const int64_t row = static_cast<int64_t>(token) * args.num_experts;
-    const int words = (args.num_experts + 31) / 32;  // leaves the loops below early; they stay unrolled for the registers
+    const int words =
+        (args.num_experts + 31) / 32;  // leaves the loops below early; they stay unrolled for the registers
 #pragma unroll
     for (int i = 0; i < MAX_EXPERTS / 32; ++i) {
       const int e = lane + 32 * i;
       key[i] = 0;
       if (i >= words) break;
       if (e < args.num_experts) {
-        const float v = args.logits_fp32 ? static_cast<const float*>(args.router_logits)[row + e]
-                                         : __bfloat162float(static_cast<const __nv_bfloat16*>(args.router_logits)[row + e]);
+        const float v = args.logits_fp32
+                            ? static_cast<const float*>(args.router_logits)[row + e]
+                            : __bfloat162float(static_cast<const __nv_bfloat16*>(args.router_logits)[row + e]);
         key[i] = sortable(v);  // never 0: 0 is below every float
       }
     }
@@ -76,7 +78,8 @@ __device__ inline Choice route_token(const MoeArgs& args, int token, int lane, b
     weight = lane < k ? __expf(logit - top) : 0.f;
     float sum = weight;
 #pragma unroll
-    for (int d = 4; d > 0; d >>= 1) sum += __shfl_xor_sync(~0u, sum, d);  // k <= 8 lanes
+    for (int d = 4; d > 0; d >>= 1)
+      sum += __shfl_xor_sync(~0u, sum, d);  // k <= 8 lanes
     weight /= sum;
   }
   if (lane >= k) expert = -1;
@@ -91,8 +94,10 @@ __device__ inline Choice route_token(const MoeArgs& args, int token, int lane, b
       const int other = __shfl_sync(~0u, expert, j);
       const float w = __shfl_sync(~0u, weight, j);
       if (j != lane && other == expert) {
-        if (j < lane) repeated = true;
-        else sum += w;
+        if (j < lane)
+          repeated = true;
+        else
+          sum += w;
       }
     }
     weight = sum;

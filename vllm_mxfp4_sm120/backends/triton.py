@@ -367,17 +367,15 @@ class Tiles:
     stages: int
 
 
-def tiles_for(pairs: int, experts: int, shared_memory: int) -> Tiles:
-    """Tiles by the average number of pairs per chosen expert; `shared_memory` is a block's limit in bytes."""
+def tiles_for(pairs: int, experts: int) -> Tiles:
+    """Tiles by the average number of pairs per chosen expert: the fastest on an H100 of those that benchmarks/
+    triton_tiles.py tries. All fit the 99 KB of shared memory that a block has on SM 12.x."""
     average = pairs / min(experts, pairs)
-    small = shared_memory < 160 * 1024  # 99 KB on SM 8.6, 8.9 and 12.x; 163 KB and more on SM 8.0, 9.0 and 10.x
-    if average <= 8:
-        return Tiles(16, 64, 128, 4, 4)
     if average <= 16:
-        return Tiles(16, 128, 128, 4, 3 if small else 4)
+        return Tiles(16, 64, 256, 4, 3)
     if average <= 64:
-        return Tiles(64, 128, 64, 4, 3 if small else 4)
-    return Tiles(128, 128, 64, 8, 3) if small else Tiles(128, 256, 64, 8, 4)
+        return Tiles(64, 128, 128, 4, 3)
+    return Tiles(128, 128, 64, 4, 4)
 
 
 class Triton(Backend):
@@ -469,7 +467,7 @@ class Triton(Backend):
         shape, device = self.shape, x.device
         hidden_size, intermediate_size, top_k = shape.hidden_size, shape.intermediate_size, shape.top_k
         pairs = topk_ids.numel()
-        tiles = tiles_for(pairs, shape.local_experts, _shared_memory(device))
+        tiles = tiles_for(pairs, shape.local_experts)
         # An expert's last tile may be part empty, so there are at most this many; the rest of the grid leaves at once.
         most_tiles = pairs // tiles.block_m + min(shape.local_experts, pairs)
         experts = max(2, triton.next_power_of_2(shape.local_experts))
@@ -576,10 +574,3 @@ def _repack(words: Tensor) -> Tensor:
                 value = ((code & 3) << 10) | ((code & 4) << 11)
             packed |= (((code & 8) >> 3 << sign_bit) | value) << (16 * half)
     return packed
-
-
-def _shared_memory(device: torch.device) -> int:
-    """Bytes of shared memory that one block may use."""
-    if device.type == "cpu":
-        return 0
-    return torch.cuda.get_device_properties(device).shared_memory_per_block_optin  # type: ignore[attr-defined]

@@ -1,0 +1,46 @@
+"""Which tiles serve the Triton backend best on this card: microseconds for a 20b layer, the present choice first.
+
+python benchmarks/triton_tiles.py --tokens 1,16,256,4096
+"""
+
+from __future__ import annotations
+
+import argparse
+
+import torch
+from layer import DEVICE, MODELS, microseconds, ours, random_weights, router_logits
+
+from vllm_mxfp4_sm120.backends import triton as backend
+
+# block_m, block_n, block_k, warps, stages; by block_m of the choice that they compete with.
+TRIED = {
+    16: [(16, 64, 128, 4, 4), (16, 64, 256, 4, 3), (16, 32, 256, 4, 4), (16, 32, 128, 2, 5), (16, 128, 128, 4, 4),
+         (16, 64, 64, 4, 6), (16, 128, 128, 8, 4), (16, 64, 128, 2, 4)],
+    64: [(64, 128, 64, 4, 4), (64, 256, 64, 8, 4), (32, 128, 128, 4, 3), (64, 128, 128, 4, 3), (64, 128, 64, 8, 4),
+         (32, 128, 64, 4, 4), (32, 64, 128, 4, 4), (64, 64, 128, 4, 4)],
+    128: [(128, 256, 64, 8, 4), (128, 256, 64, 8, 3), (128, 128, 64, 8, 4), (128, 128, 64, 4, 4), (128, 128, 128, 8, 3),
+          (128, 256, 128, 8, 3), (64, 256, 64, 8, 4), (256, 128, 64, 8, 3)],
+}  # fmt: skip
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--tokens", default="1,16,256,4096")
+    shape, count = MODELS["20b"]
+    layers = [ours(backend.Triton)(shape, random_weights(shape, seed)) for seed in range(count)]
+    choose = backend.tiles_for
+    for tokens in map(int, parser.parse_args().tokens.split(",")):
+        x = torch.randn(tokens, shape.hidden_size, device=DEVICE).bfloat16()
+        logits = [router_logits(shape, tokens, skew=False) for _ in layers]
+        chosen = choose(tokens * shape.top_k, shape.num_experts)
+        for tiles in [chosen, *(backend.Tiles(*tiles) for tiles in TRIED[chosen.block_m])]:
+            backend.tiles_for = lambda *_, tiles=tiles: tiles
+            try:
+                print(f"{tokens:6d} tokens {microseconds(layers, x, logits):9.1f} us  {tiles}", flush=True)
+            except RuntimeError as error:  # more shared memory or registers than the card has
+                print(f"{tokens:6d} tokens {'-':>9}     {tiles}: {error}"[:120], flush=True)
+    backend.tiles_for = choose
+
+
+if __name__ == "__main__":
+    main()
