@@ -43,7 +43,12 @@ class Answers:
 
 
 def generate(
-    model: Path, prompts: list[list[int]], directory: Path, env: dict[str, str] | None = None, **engine: Any
+    model: Path,
+    prompts: list[list[int]],
+    directory: Path,
+    env: dict[str, str] | None = None,
+    vllm_routes: bool = False,
+    **engine: Any,
 ) -> Answers:
     """Greedy answers of an engine in a process of its own. Raises CalledProcessError, its log being in `directory`."""
     engine = {"model": str(model), "max_model_len": 512, "kv_cache_memory_bytes": 1 << 26, **engine}
@@ -52,7 +57,7 @@ def generate(
     else:
         # By itself vLLM wants a NUMA node for each rank.
         ranks = {"VLLM_CPU_OMP_THREADS_BIND": "nobind", "OMP_NUM_THREADS": "1"}
-    task = {"engine": engine, "prompts": prompts, "max_tokens": MAX_TOKENS}
+    task = {"engine": engine, "prompts": prompts, "max_tokens": MAX_TOKENS, "vllm_routes": vllm_routes}
     result = directory / "answers.json"
     with (directory / "engine.log").open("w") as log:
         subprocess.run(

@@ -2,7 +2,7 @@
 
 Run as a module, from the repository's root.
 
-Task: {"engine": LLM's keyword arguments, "prompts": [[token id]], "max_tokens": n}.
+Task: {"engine": LLM's keyword arguments, "prompts": [[token id]], "max_tokens": n, "vllm_routes": bool}.
 Result: {"quantization": ..., "layers": [{layer: [method, backend, bytes]} per rank], "tokens": [[id]],
 "logprobs": [[x]]}.
 """
@@ -27,14 +27,23 @@ def who_answers(model) -> dict[str, list]:
     }
 
 
+def let_vllm_route(model) -> None:
+    """From now on vLLM's router chooses the experts, as it does when the engine was asked to return its choice."""
+    for name, module in model.named_modules():
+        if name.endswith("routed_experts"):
+            module.quant_method.routes = False
+
+
 def main() -> None:
     from vllm import LLM, SamplingParams
 
     # Ranks in other processes find a function by its module, which for them is not __main__.
-    from tests.engine.generate import who_answers
+    from tests.engine.generate import let_vllm_route, who_answers
 
     task = json.load(sys.stdin)
     llm = LLM(**task["engine"])
+    if task["vllm_routes"]:
+        llm.apply_model(let_vllm_route)
     sampling = SamplingParams(temperature=0.0, max_tokens=task["max_tokens"], ignore_eos=True, logprobs=0)
     prompts = [{"prompt_token_ids": ids} for ids in task["prompts"]]
     outputs = [request.outputs[0] for request in llm.generate(prompts, sampling, use_tqdm=False)]

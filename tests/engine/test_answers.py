@@ -102,14 +102,14 @@ def test_expert_parallel(
 def test_experts_chosen_by_vllms_router(
     tiny: Path, prompts: list[list[int]], tmp_path: Path, offline: Answers, tiny_config: dict, choice: Choice
 ) -> None:
-    """Asked to return the routing, the engine routes by itself and hands the method the experts it chose."""
+    """The other way into the method: vLLM's router hands it the experts that it chose."""
     answers = generate(
         tiny,
         prompts,
         tmp_path,
         quantization="mxfp4_sm120",
         enforce_eager=True,
-        enable_return_routed_experts=True,
+        vllm_routes=True,
     )
     assert_ours(answers, tiny_config, choice)
     assert answers.worst_difference(offline) < TOLERANCE

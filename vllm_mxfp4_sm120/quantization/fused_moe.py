@@ -37,7 +37,10 @@ LOADED = {
 
 
 class Mxfp4Sm120MoEMethod(FusedMoEMethodBase):
-    """One layer's experts: `backend` computes, `prepared` holds its tensors."""
+    """One layer's experts: `backend` computes, `prepared` holds its tensors.
+
+    `routes` says whether the backend takes router logits; else vLLM's router chooses the experts.
+    """
 
     # GPT-OSS's loader asks this whether the experts are packed.
     weight_dtype = "mxfp4"
@@ -49,12 +52,12 @@ class Mxfp4Sm120MoEMethod(FusedMoEMethodBase):
         super().__init__(moe)
         # Returning the routing to the user needs vLLM's own router; so does any routing but GPT-OSS's.
         returns_routing = get_current_vllm_config().aux_output_config.enable_return_routed_experts
-        self._routes = moe.routing_method in ROUTED_BY_BACKEND and not returns_routing
+        self.routes = moe.routing_method in ROUTED_BY_BACKEND and not returns_routing
 
     @property
     def is_monolithic(self) -> bool:
-        """Does the backend take router logits, rather than experts that vLLM's router chose."""
-        return self._routes
+        """vLLM's name for `routes`."""
+        return self.routes
 
     def maybe_roundup_sizes(
         self,
