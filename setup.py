@@ -40,7 +40,7 @@ setup(
     # configs/ lies beside the package in the repository and inside it in a wheel.
     package_dir={"vllm_mxfp4_sm120.configs": "configs"},
     package_data={"vllm_mxfp4_sm120": ["*.so"], "vllm_mxfp4_sm120.configs": ["**/*.json", "**/*.yaml"]},
-    install_requires=["filelock", "packaging", "safetensors", "tokenizers", "torch>=2.11"],
+    install_requires=["filelock", "packaging", "safetensors", "tokenizers", "torch>=2.11", "tqdm"],
     extras_require={
         # The two nvidia-cuda packages read machine code: the tests look into the library.
         "test": [

@@ -1,6 +1,7 @@
 """`mxfp4-sm120 make-tiny DIR`: a GPT-OSS checkpoint small enough for a laptop, in the published layout.
 
-Its sizes are those of configs/tiny/config.json. The same seed gives the same bytes.
+Its sizes are those of configs/tiny/config.json, or with `--like` those of a published model (configs/models), to
+measure loading and serving where the real one is not at hand. The same seed gives the same bytes.
 """
 
 from __future__ import annotations
@@ -8,12 +9,14 @@ from __future__ import annotations
 import argparse
 import json
 import math
+import shutil
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
+from tqdm import tqdm
 
 from vllm_mxfp4_sm120 import config_path
 from vllm_mxfp4_sm120.checkpoint import Sizes, Writer
@@ -21,6 +24,7 @@ from vllm_mxfp4_sm120.moe import MoEShape, MoEWeights
 from vllm_mxfp4_sm120.mxfp4 import SCALE_BIAS
 
 SEED = 0
+LIKE = ("openai/gpt-oss-20b", "openai/gpt-oss-120b")
 # How much each part adds to the residual stream, whose embeddings have unit size.
 ATTENTION_GAIN, GATE_UP_GAIN, DOWN_GAIN = 0.5, 1.5, 0.8
 # Two programs round differently, so nothing that is decided may be close. With plain random weights it often is: the
@@ -46,22 +50,38 @@ SPECIAL_TOKENS = ("<|startoftext|>", "<|endoftext|>", "<|return|>", "<|call|>")
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("directory", type=Path, help="where the checkpoint goes; must not exist yet")
     parser.add_argument("--seed", type=int, default=SEED, help=f"of the weights (default {SEED})")
-    parser.add_argument("--config", type=Path, default=config_path("tiny", "config.json"), help="its config.json")
+    sizes = parser.add_mutually_exclusive_group()
+    sizes.add_argument("--config", type=Path, default=config_path("tiny", "config.json"), help="its config.json")
+    sizes.add_argument("--like", choices=LIKE, help="the full size of that model, with random weights")
+    parser.add_argument("--layers", type=int, help="only so many layers")
 
 
 def run(args: argparse.Namespace) -> int:
-    make_tiny(args.directory, json.loads(args.config.read_text()), args.seed)
+    path = config_path("models", args.like.split("/")[1] + ".json") if args.like else args.config
+    config = json.loads(path.read_text())
+    if args.layers is not None:
+        if not 1 <= args.layers <= config["num_hidden_layers"]:
+            raise ValueError(f"--layers is {args.layers}, expected 1 to {config['num_hidden_layers']}")
+        config["num_hidden_layers"] = args.layers
+        config["layer_types"] = config["layer_types"][: args.layers]
+    make_tiny(args.directory, config, args.seed)
     print(f"wrote {args.directory}")
     return 0
 
 
 def make_tiny(directory: Path, config: dict[str, Any], seed: int = SEED) -> None:
-    """Write the checkpoint, whole or not at all. Raises ValueError if `directory` exists and is not empty."""
+    """Write the checkpoint, whole or not at all, never more than a layer of it in memory.
+
+    Raises ValueError if `directory` exists and is not empty, or if its disk has no room.
+    """
+    need, free = checkpoint_bytes(config), free_bytes(directory)
+    if need > free:
+        raise ValueError(f"{directory}: the checkpoint takes {need} bytes, {free} are free there; choose another disk")
     generator = torch.Generator().manual_seed(seed)
     with Writer(directory) as writer:
         for name, tensor in ends(config, generator):
             writer.add(name, tensor)
-        for layer in range(config["num_hidden_layers"]):
+        for layer in tqdm(range(config["num_hidden_layers"]), desc=f"writing {directory}", unit="layer", disable=None):
             for name, tensor in attention_and_router(config, generator):
                 writer.add(f"model.layers.{layer}.{name}", tensor)
             writer.add_experts(layer, random_experts(Sizes.from_config(config).layer, generator))
@@ -69,6 +89,23 @@ def make_tiny(directory: Path, config: dict[str, Any], seed: int = SEED) -> None
         special = {key: config[key] for key in ("bos_token_id", "eos_token_id", "pad_token_id")}
         writer.write_json("generation_config.json", special)
         write_tokenizer(writer.draft, config["vocab_size"])
+
+
+def checkpoint_bytes(config: dict[str, Any]) -> int:
+    """Bytes of all tensors: packed experts, and everything else in BF16."""
+    layer = Sizes.from_config(config).layer
+    hidden, vocab = config["hidden_size"], config["vocab_size"]
+    projections = 2 * (config["num_attention_heads"] + config["num_key_value_heads"]) * config["head_dim"]
+    biases = layer.num_experts * (2 * layer.intermediate_size + hidden)
+    experts = layer.num_experts * layer.packed_bytes_per_expert
+    per_layer = experts + 2 * (biases + hidden * (projections + layer.num_experts))
+    return config["num_hidden_layers"] * per_layer + 2 * 2 * vocab * hidden
+
+
+def free_bytes(directory: Path) -> int:
+    """Of the disk on which `directory`, which need not exist, would lie."""
+    there = next(parent for parent in (directory.absolute(), *directory.absolute().parents) if parent.is_dir())
+    return shutil.disk_usage(there).free
 
 
 def normal(generator: torch.Generator, *shape: int, std: float, mean: float = 0.0) -> Tensor:
@@ -128,7 +165,8 @@ def random_experts(shape: MoEShape, generator: torch.Generator) -> MoEWeights:
     ):
         k = 2 * codes.shape[-1]
         middle = SCALE_BIAS + round(math.log2(gain * k**-0.5 / 3))  # random codes have a standard deviation near 3
-        codes.copy_(torch.randint(0, 256, codes.shape, generator=generator))
+        for expert in codes:  # one at a time: randint makes int64
+            expert.copy_(torch.randint(0, 256, expert.shape, generator=generator))
         scales.copy_(torch.randint(middle - 1, middle + 2, scales.shape, generator=generator))
         if bias is not None:
             bias.copy_(normal(generator, *bias.shape, std=0.2 * gain))
@@ -139,7 +177,10 @@ def random_experts(shape: MoEShape, generator: torch.Generator) -> MoEWeights:
 
 
 def write_tokenizer(directory: Path, vocab_size: int) -> None:
-    """A byte-level BPE over printable ASCII, so that what a random model says can be read. Raises ValueError."""
+    """A byte-level BPE over printable ASCII, so that what a random model says can be read.
+
+    Of a vocabulary larger than TEXT teaches, the rest stays without words.
+    """
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
     tokenizer = Tokenizer(models.BPE())
@@ -152,9 +193,6 @@ def write_tokenizer(directory: Path, vocab_size: int) -> None:
         show_progress=False,
     )
     tokenizer.train_from_iterator([TEXT], trainer)
-    if tokenizer.get_vocab_size() != vocab_size:
-        most = tokenizer.get_vocab_size()
-        raise ValueError(f"vocab_size is {vocab_size}, expected at most {most}: the tokenizer's text has no more in it")
     tokenizer.save(str(directory / "tokenizer.json"))
     names = {
         "tokenizer_class": "PreTrainedTokenizerFast",
