@@ -26,11 +26,13 @@ from torch import Tensor
 from vllm_mxfp4_sm120.backends.base import Backend
 from vllm_mxfp4_sm120.backends.native import Native
 from vllm_mxfp4_sm120.backends.triton import Triton
+from vllm_mxfp4_sm120.checkpoint import Sizes, published_config
 from vllm_mxfp4_sm120.moe import MoEShape, MoEWeights, reference, topk_softmax
 from vllm_mxfp4_sm120.platform import Machine
 
-# Experts, and layers' weights to walk over: each far larger than any L2 cache.
-MODELS = {"20b": (MoEShape(32, 32, 2880, 2880, 4), 4), "120b": (MoEShape(128, 128, 2880, 2880, 4), 2)}
+# Layers' weights to walk over: together far larger than any L2 cache.
+LAYERS = {"20b": 4, "120b": 2}
+MODELS = {name: (Sizes.from_config(published_config(f"gpt-oss-{name}")).layer, n) for name, n in LAYERS.items()}
 TOKENS = "1,2,4,8,16,32,64,128,256,512,1024,2048,4096,8192"
 DEVICE = "cuda"
 

@@ -22,7 +22,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from vllm_mxfp4_sm120 import envs, mxfp4
+from vllm_mxfp4_sm120 import config_path, envs, mxfp4
 from vllm_mxfp4_sm120.moe import MoEShape, MoEWeights
 
 MODEL_TYPE = "gpt_oss"
@@ -114,6 +114,11 @@ class Sizes:
     def layer(self) -> MoEShape:
         """One whole layer, all its experts on one rank."""
         return MoEShape(self.num_experts, self.num_experts, self.hidden_size, self.intermediate_size, self.top_k)
+
+
+def published_config(model: str) -> dict[str, Any]:
+    """config.json of a published model as far as shapes go: "openai/gpt-oss-20b" or "openai/gpt-oss-120b"."""
+    return json.loads(config_path("models", f"{model.rpartition('/')[2]}.json").read_text())
 
 
 @dataclass(frozen=True)

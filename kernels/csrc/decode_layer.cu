@@ -373,26 +373,10 @@ __global__ void __launch_bounds__((WARPS + REDUCERS) * 32, 1)
 
 template <int WARPS, int KPW, int RING, int CHUNK, int REDUCERS, int NT>
 const char* launch(const MoeArgs& args, const DecodeWorkspace& ws, const Device& device, cudaStream_t stream) {
-  auto* kernel = decode_layer<WARPS, KPW, RING, CHUNK, REDUCERS, NT>;
-  constexpr int bytes = Layout<WARPS, RING, CHUNK, 8 * NT>::bytes;
-  if (cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, bytes) != cudaSuccess)
-    return "decode_layer: the device refuses its shared memory";
-  // Blocks wait for each other's results, so all of them must be resident: a cooperative launch guarantees it. The
-  // second attribute hides the launch itself behind the kernel before.
-  cudaLaunchAttribute attributes[2]{};
-  attributes[0].id = cudaLaunchAttributeCooperative;
-  attributes[0].val.cooperative = 1;
-  attributes[1].id = cudaLaunchAttributeProgrammaticStreamSerialization;
-  attributes[1].val.programmaticStreamSerializationAllowed = 1;
-  cudaLaunchConfig_t config{};
-  config.gridDim = device.multiprocessors;
-  config.blockDim = (WARPS + REDUCERS) * 32;
-  config.dynamicSmemBytes = bytes;
-  config.stream = stream;
-  config.attrs = attributes;
-  config.numAttrs = device.dependent_launch ? 2 : 1;
-  const cudaError_t error = cudaLaunchKernelEx(&config, kernel, args, ws);
-  return error == cudaSuccess ? nullptr : cudaGetErrorString(error);
+  // Cooperative, for blocks wait for each other's results: all of them must be resident.
+  return launch_kernel(decode_layer<WARPS, KPW, RING, CHUNK, REDUCERS, NT>, device.multiprocessors,
+                       (WARPS + REDUCERS) * 32, Layout<WARPS, RING, CHUNK, 8 * NT>::bytes, stream,
+                       {device.dependent_launch, /*cooperative=*/true}, args, ws);
 }
 
 }  // namespace

@@ -44,19 +44,33 @@ const char* grouped_layer_forward(const MoeArgs& args, const GroupedWorkspace& w
 const char* route_and_group(const MoeArgs& args, const GroupedWorkspace& ws, const Device& device, cudaStream_t stream);
 const char* combine(const MoeArgs& args, const GroupedWorkspace& ws, const Device& device, cudaStream_t stream);
 
+struct LaunchOptions {
+  bool dependent = false;    // may start while the kernel before it drains
+  bool cooperative = false;  // all blocks are resident together, so they may wait for each other
+};
+
 template <typename... Params, typename... Args>
 const char* launch_kernel(void (*kernel)(Params...), int grid, int block, int shared, cudaStream_t stream,
-                          bool dependent, Args... args) {
-  cudaLaunchAttribute attribute{};
-  attribute.id = cudaLaunchAttributeProgrammaticStreamSerialization;
-  attribute.val.programmaticStreamSerializationAllowed = 1;
+                          LaunchOptions options, Args... args) {
+  if (shared > 0 && cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, shared) != cudaSuccess)
+    return "the device refuses the kernel's shared memory";
+  cudaLaunchAttribute attributes[2]{};
+  int count = 0;
+  if (options.cooperative) {
+    attributes[count].id = cudaLaunchAttributeCooperative;
+    attributes[count++].val.cooperative = 1;
+  }
+  if (options.dependent) {
+    attributes[count].id = cudaLaunchAttributeProgrammaticStreamSerialization;
+    attributes[count++].val.programmaticStreamSerializationAllowed = 1;
+  }
   cudaLaunchConfig_t config{};
   config.gridDim = grid;
   config.blockDim = block;
   config.dynamicSmemBytes = shared;
   config.stream = stream;
-  config.attrs = &attribute;
-  config.numAttrs = dependent ? 1 : 0;
+  config.attrs = attributes;
+  config.numAttrs = count;
   const cudaError_t error = cudaLaunchKernelEx(&config, kernel, Params(args)...);
   return error == cudaSuccess ? nullptr : cudaGetErrorString(error);
 }

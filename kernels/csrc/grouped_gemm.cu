@@ -92,8 +92,8 @@ struct Loader {
         index(blockIdx.x) {
 #pragma unroll
     for (int i = 0; i < S::WEIGHT_CHUNKS; ++i) {
-      const int chunk = threadIdx.x + i * S::THREADS, row_tile = chunk / (S::KT * 34);
-      weight_offset[i] = row_tile * k_tiles * TILE_BYTES + (chunk - row_tile * S::KT * 34) * 16;
+      const int chunk = threadIdx.x + i * S::THREADS, row_tile = chunk / (S::KT * TILE_CHUNKS);
+      weight_offset[i] = row_tile * k_tiles * TILE_BYTES + (chunk - row_tile * S::KT * TILE_CHUNKS) * 16;
     }
     begin_item();
   }
@@ -111,17 +111,17 @@ struct Loader {
     weights = p.weights + (static_cast<int64_t>(item.expert) * row_tiles + first) * k_tiles * TILE_BYTES;
 #pragma unroll
     for (int i = 0; i < S::WEIGHT_CHUNKS; ++i) {
-      const int row_tile = (threadIdx.x + i * S::THREADS) / (S::KT * 34);
+      const int row_tile = (threadIdx.x + i * S::THREADS) / (S::KT * TILE_CHUNKS);
       weight_rows |= (row_tile < S::ROW_TILES && first + row_tile < row_tiles) << i;
     }
 #pragma unroll
     for (int i = 0; i < S::SOURCES; ++i) {
       const int chunk = threadIdx.x + i * S::THREADS, t = S::EVEN ? chunk / 4 % S::TOKENS : chunk / 4;
-      const bool exists = t < item.tokens;
-      const int row = !exists ? 0 : GATE_UP ? p.order[item.begin + t] / p.top_k : item.begin + t;
+      const bool live = t < item.tokens;
+      const int row = !live ? 0 : GATE_UP ? p.order[item.begin + t] / p.top_k : item.begin + t;
       token_row[i] =
           reinterpret_cast<const uint8_t*>(p.in) + static_cast<int64_t>(row) * p.K * 2 + threadIdx.x % 4 * 16;
-      token_bytes[i] = exists ? 16 : (t & ~7) < item.tokens ? 0 : -1;
+      token_bytes[i] = live ? 16 : (t & ~7) < item.tokens ? 0 : -1;
     }
   }
 
@@ -131,7 +131,7 @@ struct Loader {
     const int kts = S::KT == 1 ? 1 : min(S::KT, k_tiles - k);
 #pragma unroll
     for (int i = 0; i < S::WEIGHT_CHUNKS; ++i)
-      if ((weight_rows >> i & 1) && (kts == S::KT || (threadIdx.x + i * S::THREADS) / 34 % S::KT < kts))
+      if ((weight_rows >> i & 1) && (kts == S::KT || (threadIdx.x + i * S::THREADS) / TILE_CHUNKS % S::KT < kts))
         cp_async16(dst + i * S::THREADS * 16, weights + weight_offset[i]);
 #pragma unroll
     for (int i = 0; i < S::TOKEN_CHUNKS; ++i) {
@@ -325,11 +325,8 @@ __global__ void __launch_bounds__(S::THREADS, S::BLOCKS) grouped_gemm(const Gemm
 
 template <typename S, bool GATE_UP>
 const char* launch(const Gemm& p, const Device& device, cudaStream_t stream) {
-  auto* kernel = grouped_gemm<S, GATE_UP>;
-  if (cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, S::BYTES) != cudaSuccess)
-    return "grouped_gemm: the device refuses its shared memory";
-  return launch_kernel(kernel, device.multiprocessors * S::BLOCKS, S::THREADS, S::BYTES, stream,
-                       device.dependent_launch, p);
+  return launch_kernel(grouped_gemm<S, GATE_UP>, device.multiprocessors * S::BLOCKS, S::THREADS, S::BYTES, stream,
+                       {device.dependent_launch}, p);
 }
 
 // Two blocks share a multiprocessor: one's barrier, start or epilogue is covered by the other's products. Few tokens:

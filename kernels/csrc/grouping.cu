@@ -122,16 +122,16 @@ __global__ void __launch_bounds__(256) combine_slots(const MoeArgs args, const G
 const char* route_and_group(const MoeArgs& args, const GroupedWorkspace& ws, const Device& device,
                             cudaStream_t stream) {
   if (args.M <= FUSED_MAX_TOKENS && args.M * args.top_k <= FUSED_MAX_SLOTS)
-    return launch_kernel(group_slots<true>, args.local_experts, GROUP_THREADS, 0, stream, false, args, ws);
-  if (const char* why = launch_kernel(route, (args.M + 7) / 8, 256, 0, stream, false, args, ws)) return why;
-  return launch_kernel(group_slots<false>, args.local_experts, GROUP_THREADS, 0, stream, device.dependent_launch, args,
-                       ws);
+    return launch_kernel(group_slots<true>, args.local_experts, GROUP_THREADS, 0, stream, {}, args, ws);
+  if (const char* why = launch_kernel(route, (args.M + 7) / 8, 256, 0, stream, {}, args, ws)) return why;
+  return launch_kernel(group_slots<false>, args.local_experts, GROUP_THREADS, 0, stream, {device.dependent_launch},
+                       args, ws);
 }
 
 const char* combine(const MoeArgs& args, const GroupedWorkspace& ws, const Device& device, cudaStream_t stream) {
   const int64_t threads = static_cast<int64_t>(args.M) * args.H / 4;
-  return launch_kernel(combine_slots, static_cast<int>((threads + 255) / 256), 256, 0, stream, device.dependent_launch,
-                       args, ws);
+  return launch_kernel(combine_slots, static_cast<int>((threads + 255) / 256), 256, 0, stream,
+                       {device.dependent_launch}, args, ws);
 }
 
 }  // namespace mxfp4_sm120

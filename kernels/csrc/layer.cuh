@@ -14,6 +14,7 @@ namespace mxfp4_sm120 {
 constexpr int TILE = 32;
 constexpr int TILE_CODES = 512;
 constexpr int TILE_BYTES = 544;
+constexpr int TILE_CHUNKS = TILE_BYTES / 16;  // 16-byte copies
 
 constexpr int MAX_TOP_K = 8;
 constexpr int MAX_EXPERTS = 256;
@@ -53,11 +54,6 @@ __device__ __forceinline__ AFragments decode_half_tile(const PackedTile& t, int 
     a.hi[p] = mul_bf16x2(a.hi[p], s_hi);
   }
   return a;
-}
-// d (16 rows x 8 tokens) += half tile * b, where b is this lane's 8 consecutive k values (8q..8q+7) of token g.
-__device__ __forceinline__ void mma_half_tile(float (&d)[4], const AFragments& a, const uint4& b) {
-  mma_bf16(d, a.lo[0], a.hi[0], a.lo[1], a.hi[1], b.x, b.y);
-  mma_bf16(d, a.lo[2], a.hi[2], a.lo[3], a.hi[3], b.z, b.w);
 }
 
 __device__ __forceinline__ float min_nan(float a, float b) {

@@ -9,7 +9,7 @@ __device__ __forceinline__ uint32_t smem_addr(const void* p) {
   return static_cast<uint32_t>(__cvta_generic_to_shared(p));
 }
 
-// ---- mbarriers -----------------------------------------------------------------------------------------------------
+// ---- mbarriers ----
 __device__ __forceinline__ void mbar_init(uint32_t bar, int count) {
   asm volatile("mbarrier.init.shared.b64 [%0], %1;" ::"r"(bar), "r"(count));
 }
@@ -32,8 +32,7 @@ __device__ __forceinline__ void mbar_wait(uint32_t bar, uint32_t parity) {
 #endif
 }
 
-// ---- named barriers: some warps arrive and go on, the others wait for them
-// -----------------------------------------------
+// ---- named barriers: some warps arrive and go on, the others wait for them ----
 __device__ __forceinline__ void barrier_arrive(int id, int threads) {
   asm volatile("barrier.cta.arrive %0, %1;" ::"r"(id), "r"(threads) : "memory");
 }
@@ -41,7 +40,7 @@ __device__ __forceinline__ void barrier_wait(int id, int threads) {
   asm volatile("barrier.cta.sync %0, %1;" ::"r"(id), "r"(threads) : "memory");
 }
 
-// ---- copies to shared memory ---------------------------------------------------------------------------------------
+// ---- copies to shared memory ----
 __device__ __forceinline__ void cp_async16(uint32_t dst, const void* src) {
   asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" ::"r"(dst), "l"(src) : "memory");
 }
@@ -53,10 +52,6 @@ __device__ __forceinline__ void cp_async_commit() { asm volatile("cp.async.commi
 template <int PENDING>
 __device__ __forceinline__ void cp_async_wait() {
   asm volatile("cp.async.wait_group %0;" ::"n"(PENDING) : "memory");
-}
-// This thread's arrival at `bar` happens once its earlier cp.async copies have landed.
-__device__ __forceinline__ void cp_async_arrive(uint32_t bar) {
-  asm volatile("cp.async.mbarrier.arrive.noinc.shared.b64 [%0];" ::"r"(bar) : "memory");
 }
 // sm_90 and newer only: one copy of a multiple of 16 bytes, completing on `bar`.
 __device__ __forceinline__ void mbar_expect(uint32_t bar, uint32_t bytes) {
@@ -79,8 +74,7 @@ __device__ __forceinline__ void mbar_init_fence() {
 #endif
 }
 
-// ---- programmatic dependent launch (nothing before sm_90)
-// ------------------------------------------------------------
+// ---- programmatic dependent launch (nothing before sm_90) ----
 __device__ __forceinline__ void wait_for_previous_kernel() {
 #if __CUDA_ARCH__ >= 900
   asm volatile("griddepcontrol.wait;" ::: "memory");
@@ -92,8 +86,7 @@ __device__ __forceinline__ void let_next_kernel_start() {
 #endif
 }
 
-// ---- shared and global memory
-// ----------------------------------------------------------------------------------------
+// ---- shared and global memory ----
 __device__ __forceinline__ uint4 lds128(uint32_t a) {
   uint4 v;
   asm volatile("ld.shared.v4.u32 {%0,%1,%2,%3}, [%4];" : "=r"(v.x), "=r"(v.y), "=r"(v.z), "=r"(v.w) : "r"(a));
@@ -118,9 +111,8 @@ __device__ __forceinline__ int add_acq_rel(int* p, int v) {
   return old;
 }
 
-// ---- tensor core
-// ------------------------------------------------------------------------------------------------------- d += a (16 x
-// 16, row) * b (16 x 8, col), bf16 in, fp32 accumulate.
+// ---- tensor core ----
+// d += a (16 x 16, row) * b (16 x 8, col), bf16 in, fp32 accumulate.
 __device__ __forceinline__ void mma_bf16(float (&d)[4], uint32_t a0, uint32_t a1, uint32_t a2, uint32_t a3, uint32_t b0,
                                          uint32_t b1) {
   asm(  // not volatile: nothing but registers, free to be scheduled among copies and barriers

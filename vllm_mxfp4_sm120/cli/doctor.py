@@ -12,13 +12,10 @@ import torch
 
 from vllm_mxfp4_sm120 import __version__, envs, platform, proof, selector
 from vllm_mxfp4_sm120.backends import native
-from vllm_mxfp4_sm120.moe import MoEShape
+from vllm_mxfp4_sm120.checkpoint import Sizes, published_config
 from vllm_mxfp4_sm120.platform import Machine
 
-MODELS = {
-    "gpt-oss-20b": MoEShape(32, 32, 2880, 2880, 4),
-    "gpt-oss-120b": MoEShape(128, 128, 2880, 2880, 4),
-}
+MODELS = ("gpt-oss-20b", "gpt-oss-120b")
 DISTRIBUTIONS = {"vLLM": "vllm", "FlashInfer": "flashinfer-python", "Triton": "triton"}
 
 
@@ -82,7 +79,8 @@ def examine(prove: bool = True) -> Report:
             report.notes.append(f"{native.LIBRARY.name}: {error}")
     request = selector.Request.from_user()
     request = replace(request, proof=prove and request.proof)
-    shape = MODELS["gpt-oss-20b"]
+    layers = {model: Sizes.from_config(published_config(model)).layer for model in MODELS}
+    shape = layers[MODELS[0]]
     for name in selector.MODULES:
         backend = selector.load(name)
         why_not = machine.why_unsupported() or backend.why_not(machine, shape)
@@ -90,7 +88,7 @@ def examine(prove: bool = True) -> Report:
         if why_not is None and request.proof:
             tried = proof.why_not(backend, machine, shape) or "right"
         report.backends.append(BackendReport(name, name in selector.order(machine), why_not, tried))
-    for model, shape in MODELS.items():
+    for model, shape in layers.items():
         try:
             report.chosen[model] = selector.select(machine, shape, request).backend.name
         except ValueError as error:

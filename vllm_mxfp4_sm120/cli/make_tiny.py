@@ -19,7 +19,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from vllm_mxfp4_sm120 import config_path
-from vllm_mxfp4_sm120.checkpoint import Sizes, Writer
+from vllm_mxfp4_sm120.checkpoint import Sizes, Writer, published_config
 from vllm_mxfp4_sm120.moe import MoEShape, MoEWeights
 from vllm_mxfp4_sm120.mxfp4 import SCALE_BIAS
 
@@ -57,8 +57,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    path = config_path("models", args.like.split("/")[1] + ".json") if args.like else args.config
-    config = json.loads(path.read_text())
+    config = published_config(args.like) if args.like else json.loads(args.config.read_text())
     if args.layers is not None:
         if not 1 <= args.layers <= config["num_hidden_layers"]:
             raise ValueError(f"--layers is {args.layers}, expected 1 to {config['num_hidden_layers']}")
@@ -74,7 +73,7 @@ def make_tiny(directory: Path, config: dict[str, Any], seed: int = SEED) -> None
 
     Raises ValueError if `directory` exists and is not empty, or if its disk has no room.
     """
-    need, free = checkpoint_bytes(config), free_bytes(directory)
+    need, free = checkpoint_bytes(config), free_on_disk(directory)
     if need > free:
         raise ValueError(f"{directory}: the checkpoint takes {need} bytes, {free} are free there; choose another disk")
     generator = torch.Generator().manual_seed(seed)
@@ -102,7 +101,7 @@ def checkpoint_bytes(config: dict[str, Any]) -> int:
     return config["num_hidden_layers"] * per_layer + 2 * 2 * vocab * hidden
 
 
-def free_bytes(directory: Path) -> int:
+def free_on_disk(directory: Path) -> int:
     """Of the disk on which `directory`, which need not exist, would lie."""
     there = next(parent for parent in (directory.absolute(), *directory.absolute().parents) if parent.is_dir())
     return shutil.disk_usage(there).free

@@ -14,8 +14,7 @@ from vllm.platforms import current_platform
 from vllm_mxfp4_sm120 import envs
 from vllm_mxfp4_sm120.checkpoint import INDEX, MODEL_TYPE, QUANT_METHODS, Checkpoint, Packing, Sizes
 from vllm_mxfp4_sm120.memory import configure_torch
-
-NAME = "mxfp4_sm120"
+from vllm_mxfp4_sm120.plugin import NAME
 
 
 class Mxfp4Sm120Config(QuantizationConfig):
