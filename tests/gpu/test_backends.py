@@ -37,6 +37,13 @@ def test_right(backend, shape):
     assert proof.solve(backend, small, "cuda") == proof.Proof(None)
 
 
+def test_proves_itself_in_a_process_of_its_own(backend):
+    """As it must before it may serve: there nothing has been imported or loaded yet."""
+    shape = SHAPES["odd blocks"]
+    skip_unless_ready(backend, shape)
+    assert proof.solve_in_child(backend, shape, "cuda", seconds=120) == proof.Proof(None)
+
+
 @pytest.mark.parametrize("tokens", [1, 5, 64, 700])
 def test_the_same_bits_in_a_cuda_graph(backend, tokens):
     shape = MoEShape(8, 8, 2880, 2880, 4)

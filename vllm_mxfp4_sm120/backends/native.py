@@ -67,6 +67,10 @@ class Native(Backend):
             return f"{shape.top_k} experts per token are more than {MAX_TOP_K}"
         return None
 
+    def __init__(self, shape: MoEShape) -> None:
+        super().__init__(shape)
+        load()  # where a proof runs, nobody has asked why_not
+
     def prepare(self, weights: MoEWeights) -> dict[str, Tensor]:
         """Tiles of codes and scales, in place where `weights` came from `MoEWeights.empty`. Raises ValueError first."""
         check_scales(weights.w13, weights.w13_scale, "w13")
