@@ -70,12 +70,12 @@ def decode_words(words: Tensor) -> Tensor:
 def check_scales(codes: Tensor, scales: Tensor, name: str) -> None:
     """codes uint8 [E, rows, K/2], scales uint8 [E, rows, K/32].
 
-    Raises ValueError for the first block whose scale the kernels can't multiply with.
+    Raises ValueError for the first block whose scale the kernels can't multiply with. A block of zeros may have any.
     """
     outside = (scales < MIN_SCALE) | (scales > MAX_SCALE)
-    for expert, row, block in outside.nonzero().tolist() if bool(outside.any()) else ():
-        values = codes[expert, row, block * 16 : block * 16 + 16]
-        if bool((values & 0x77).any()):
+    for expert in outside.any(-1).any(-1).nonzero()[:, 0].tolist():
+        values = (codes[expert] & 0x77).unflatten(-1, (-1, 16)).any(-1)
+        for row, block in (outside[expert] & values).nonzero()[:1].tolist():
             raise ValueError(
                 f"{name}: expert {expert}, row {row}, block {block} has scale code {int(scales[expert, row, block])}; "
                 f"the native kernels take {MIN_SCALE}..{MAX_SCALE} (2^{MIN_SCALE - 127}..2^{MAX_SCALE - 127}); "
