@@ -10,7 +10,8 @@ import argparse
 import json
 import math
 import shutil
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +22,7 @@ from tqdm import tqdm
 from vllm_mxfp4_sm120 import config_path
 from vllm_mxfp4_sm120.checkpoint import Sizes, Writer, published_config
 from vllm_mxfp4_sm120.moe import MoEShape, MoEWeights
-from vllm_mxfp4_sm120.mxfp4 import SCALE_BIAS
+from vllm_mxfp4_sm120.mxfp4 import BLOCK, SCALE_BIAS
 
 SEED = 0
 LIKE = ("openai/gpt-oss-20b", "openai/gpt-oss-120b")
@@ -35,6 +36,9 @@ ATTENTION_GAIN, GATE_UP_GAIN, DOWN_GAIN = 0.5, 1.5, 0.8
 FAVOUR = 2.0
 # The size of the logits: BF16, in which engines compute them, resolves a hundredth only while they are below 2.
 LOGIT_GAIN = 0.04
+
+# Elements that a thread draws at once: their float32 stays in its cache, and Python is lost in the noise.
+PIECE = 1 << 20
 
 # What the tokenizer learns its merges from. Any English would do.
 TEXT = """
@@ -76,14 +80,13 @@ def make_tiny(directory: Path, config: dict[str, Any], seed: int = SEED) -> None
     need, free = checkpoint_bytes(config), free_on_disk(directory)
     if need > free:
         raise ValueError(f"{directory}: the checkpoint takes {need} bytes, {free} are free there; choose another disk")
-    generator = torch.Generator().manual_seed(seed)
-    with Writer(directory) as writer:
-        for name, tensor in ends(config, generator):
+    with Dice(seed) as dice, Writer(directory) as writer:
+        for name, tensor in ends(config, dice):
             writer.add(name, tensor)
         for layer in tqdm(range(config["num_hidden_layers"]), desc=f"writing {directory}", unit="layer", disable=None):
-            for name, tensor in attention_and_router(config, generator):
+            for name, tensor in attention_and_router(config, dice):
                 writer.add(f"model.layers.{layer}.{name}", tensor)
-            writer.add_experts(layer, random_experts(Sizes.from_config(config).layer, generator))
+            writer.add_experts(layer, random_experts(Sizes.from_config(config).layer, dice))
         writer.write_json("config.json", config)
         special = {key: config[key] for key in ("bos_token_id", "eos_token_id", "pad_token_id")}
         writer.write_json("generation_config.json", special)
@@ -107,24 +110,67 @@ def free_on_disk(directory: Path) -> int:
     return shutil.disk_usage(there).free
 
 
-def normal(generator: torch.Generator, *shape: int, std: float, mean: float = 0.0) -> Tensor:
-    return (torch.randn(*shape, generator=generator) * std + mean).bfloat16()
+class Dice:
+    """Random tensors, the same for a seed however many threads fill them: every piece has a generator of its own."""
+
+    def __init__(self, seed: int) -> None:
+        self.generator = torch.Generator().manual_seed(seed)
+        self.threads = ThreadPoolExecutor(initializer=torch.set_num_threads, initargs=(1,))
+
+    def __enter__(self) -> Dice:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self.threads.shutdown()
+
+    def _fill(self, tensor: Tensor, draw: Callable[[Tensor, torch.Generator], Any]) -> Tensor:
+        pieces = tensor.view(-1).split(PIECE)
+        seeds = torch.randint(1 << 62, (len(pieces),), generator=self.generator).tolist()
+        list(self.threads.map(lambda piece, seed: draw(piece, torch.Generator().manual_seed(seed)), pieces, seeds))
+        return tensor
+
+    def normal(self, *shape: int, std: float, mean: float = 0.0) -> Tensor:
+        """bf16 [shape]."""
+
+        def draw(piece: Tensor, generator: torch.Generator) -> None:
+            piece.copy_(torch.randn(len(piece), generator=generator).mul_(std).add_(mean))
+
+        return self._fill(torch.empty(shape, dtype=torch.bfloat16), draw)
+
+    def integers(self, low: int, high: int, *shape: int) -> Tensor:
+        """uint8 [shape], from low to high - 1."""
+        return self._fill(
+            torch.empty(shape, dtype=torch.uint8),
+            lambda piece, generator: piece.random_(low, high, generator=generator),
+        )
+
+    def bytes(self, *shape: int) -> Tensor:
+        """uint8 [shape], a multiple of 8 of them: eight are drawn as one int64, from its smallest value on."""
+        words = torch.empty(math.prod(shape) // 8, dtype=torch.int64)
+        self._fill(words, lambda piece, generator: piece.random_(-(1 << 63), None, generator=generator))
+        return words.view(torch.uint8).view(shape)
 
 
-def ends(config: dict[str, Any], generator: torch.Generator) -> Iterator[tuple[str, Tensor]]:
+def ends(config: dict[str, Any], dice: Dice) -> Iterator[tuple[str, Tensor]]:
     """Embedding, final norm and output layer.
 
     For every token the output layer favours one other: it holds the embeddings, shuffled. With plain random weights the
     best of hundreds of scores would often win by less than BF16 resolves, and no two programs would agree on it.
     """
     hidden, vocab = config["hidden_size"], config["vocab_size"]
-    embedding = normal(generator, vocab, hidden, std=1.0)
-    embedding[:, : config["num_local_experts"]] = expert_scores(config, generator)
-    favourite = embedding[torch.randperm(vocab, generator=generator)].float()
-    chance = normal(generator, vocab, hidden, std=1.0).float()
+    embedding = dice.normal(vocab, hidden, std=1.0)
+    embedding[:, : config["num_local_experts"]] = expert_scores(config, dice.generator)
+    output = dice.normal(vocab, hidden, std=1.0)
+    favourites = torch.randperm(vocab, generator=dice.generator)
+
+    def favour(rows: Tensor, favourites: Tensor) -> None:
+        rows.copy_((FAVOUR * embedding[favourites].float() + rows.float()) * (LOGIT_GAIN * hidden**-0.5))
+
+    rows = PIECE // hidden
+    list(dice.threads.map(favour, output.split(rows), favourites.split(rows)))
     yield "model.embed_tokens.weight", embedding
-    yield "model.norm.weight", normal(generator, hidden, std=0.05, mean=1.0)
-    yield "lm_head.weight", ((FAVOUR * favourite + chance) * LOGIT_GAIN * hidden**-0.5).bfloat16()
+    yield "model.norm.weight", dice.normal(hidden, std=0.05, mean=1.0)
+    yield "lm_head.weight", output
 
 
 def expert_scores(config: dict[str, Any], generator: torch.Generator) -> Tensor:
@@ -136,43 +182,38 @@ def expert_scores(config: dict[str, Any], generator: torch.Generator) -> Tensor:
     return ranked[places] + 0.25 * torch.rand(shape, generator=generator)
 
 
-def attention_and_router(config: dict[str, Any], generator: torch.Generator) -> Iterator[tuple[str, Tensor]]:
+def attention_and_router(config: dict[str, Any], dice: Dice) -> Iterator[tuple[str, Tensor]]:
     """One layer's tensors other than its experts, by their names within the layer."""
     hidden, experts, head = config["hidden_size"], config["num_local_experts"], config["head_dim"]
     heads, kv_heads = config["num_attention_heads"], config["num_key_value_heads"]
     for name, rows in (("q_proj", heads * head), ("k_proj", kv_heads * head), ("v_proj", kv_heads * head)):
-        yield f"self_attn.{name}.weight", normal(generator, rows, hidden, std=hidden**-0.5)
-        yield f"self_attn.{name}.bias", normal(generator, rows, std=0.1)
+        yield f"self_attn.{name}.weight", dice.normal(rows, hidden, std=hidden**-0.5)
+        yield f"self_attn.{name}.bias", dice.normal(rows, std=0.1)
     out_std = ATTENTION_GAIN * (heads * head) ** -0.5
-    out, out_bias = normal(generator, hidden, heads * head, std=out_std), normal(generator, hidden, std=0.1)
+    out, out_bias = dice.normal(hidden, heads * head, std=out_std), dice.normal(hidden, std=0.1)
     out[:experts], out_bias[:experts] = 0, 0
     yield "self_attn.o_proj.weight", out
     yield "self_attn.o_proj.bias", out_bias
-    yield "self_attn.sinks", normal(generator, heads, std=1.0)
-    yield "input_layernorm.weight", normal(generator, hidden, std=0.05, mean=1.0)
-    yield "post_attention_layernorm.weight", normal(generator, hidden, std=0.05, mean=1.0)
+    yield "self_attn.sinks", dice.normal(heads, std=1.0)
+    yield "input_layernorm.weight", dice.normal(hidden, std=0.05, mean=1.0)
+    yield "post_attention_layernorm.weight", dice.normal(hidden, std=0.05, mean=1.0)
     yield "mlp.router.weight", torch.eye(experts, hidden, dtype=torch.bfloat16)
-    yield "mlp.router.bias", normal(generator, experts, std=0.1)
+    yield "mlp.router.bias", dice.normal(experts, std=0.1)
 
 
-def random_experts(shape: MoEShape, generator: torch.Generator) -> MoEWeights:
+def random_experts(shape: MoEShape, dice: Dice) -> MoEWeights:
     """Experts of random codes, and of scales from three neighbouring powers of two that give each GEMM its gain."""
-    weights = MoEWeights.empty(shape, "cpu")
-    for codes, scales, bias, gain in (
-        (weights.w13, weights.w13_scale, weights.w13_bias, GATE_UP_GAIN),
-        (weights.w2, weights.w2_scale, weights.w2_bias, DOWN_GAIN),
-    ):
-        k = 2 * codes.shape[-1]
+
+    def projection(rows: int, k: int, gain: float) -> tuple[Tensor, Tensor, Tensor]:
         middle = SCALE_BIAS + round(math.log2(gain * k**-0.5 / 3))  # random codes have a standard deviation near 3
-        for expert in codes:  # one at a time: randint makes int64
-            expert.copy_(torch.randint(0, 256, expert.shape, generator=generator))
-        scales.copy_(torch.randint(middle - 1, middle + 2, scales.shape, generator=generator))
-        if bias is not None:
-            bias.copy_(normal(generator, *bias.shape, std=0.2 * gain))
-    weights.w2[:, : shape.num_experts] = 0
-    assert weights.w2_bias is not None
-    weights.w2_bias[:, : shape.num_experts] = 0
-    return weights
+        codes = dice.bytes(shape.num_experts, rows, k // 2)
+        scales = dice.integers(middle - 1, middle + 2, shape.num_experts, rows, k // BLOCK)
+        return codes, scales, dice.normal(shape.num_experts, rows, std=0.2 * gain)
+
+    w13, w13_scale, w13_bias = projection(2 * shape.intermediate_size, shape.hidden_size, GATE_UP_GAIN)
+    w2, w2_scale, w2_bias = projection(shape.hidden_size, shape.intermediate_size, DOWN_GAIN)
+    w2[:, : shape.num_experts], w2_bias[:, : shape.num_experts] = 0, 0
+    return MoEWeights(w13, w13_scale, w2, w2_scale, w13_bias, w2_bias)
 
 
 def write_tokenizer(directory: Path, vocab_size: int) -> None:
