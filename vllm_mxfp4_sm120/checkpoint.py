@@ -11,6 +11,7 @@ import os
 import shutil
 import tempfile
 from collections.abc import Iterator, Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import cached_property, lru_cache
@@ -30,8 +31,9 @@ MODEL_TYPE = "gpt_oss"
 QUANT_METHODS = ("mxfp4", "gpt_oss_mxfp4", "mxfp4_sm120")
 PACK_LAYOUT = "low_nibble_first"  # the published one: of a byte's two codes, the earlier is in the low nibble
 INDEX = "model.safetensors.index.json"
-# The published 20b comes in shards of this order; one shard is what a writer holds in memory.
-SHARD_BYTES = 4 << 30
+# A writer holds one shard while SAVERS more are on their way: copying into the page cache can take a core 3 s for a GB.
+SHARD_BYTES = 1 << 30
+SAVERS = 4
 
 
 @dataclass(frozen=True)
@@ -290,12 +292,14 @@ class Writer:
 
     As a context manager: everything goes to a hidden directory beside `directory`, which takes its name at the end, or
     is removed if anything failed. Raises ValueError if `directory` exists and is not an empty directory.
-    Memory: at most `shard_bytes` of tensors, or one tensor if that is larger.
+    Memory: at most SAVERS + 1 times `shard_bytes` of tensors, or a tensor's if that is larger.
     """
 
     directory: Path
     shard_bytes: int = SHARD_BYTES
     _pending: dict[str, Tensor] = field(default_factory=dict, init=False)
+    _savers: ThreadPoolExecutor = field(default_factory=lambda: ThreadPoolExecutor(SAVERS), init=False)
+    _saving: list[Future[None]] = field(default_factory=list, init=False)
     _weight_map: dict[str, int] = field(default_factory=dict, init=False)
     _shards: int = field(default=0, init=False)
     _bytes: int = field(default=0, init=False)
@@ -333,11 +337,15 @@ class Writer:
             if kind is None:
                 self._finish()
         finally:
+            self._savers.shutdown(cancel_futures=True)
             shutil.rmtree(self.draft, ignore_errors=True)
 
     def _flush(self) -> None:
         tensors = {name: tensor.contiguous().cpu() for name, tensor in self._pending.items()}
-        save_file(tensors, self.draft / f"{self._shards}.safetensors", metadata={"format": "pt"})
+        if len(self._saving) == SAVERS:
+            self._saving.pop(0).result()
+        file = self.draft / f"{self._shards}.safetensors"
+        self._saving.append(self._savers.submit(save_file, tensors, file, metadata={"format": "pt"}))
         self._weight_map |= dict.fromkeys(tensors, self._shards)
         self._bytes += sum(tensor.nbytes for tensor in tensors.values())
         self._shards += 1
@@ -346,6 +354,8 @@ class Writer:
     def _finish(self) -> None:
         if self._pending:
             self._flush()
+        for saved in self._saving:
+            saved.result()
         names = [f"model-{i + 1:05}-of-{self._shards:05}.safetensors" for i in range(self._shards)]
         for i, name in enumerate(names):
             (self.draft / f"{i}.safetensors").rename(self.draft / name)
