@@ -27,9 +27,11 @@ def register() -> None:
     if NAME in vllm_quantization.QUANTIZATION_METHODS:
         return
     warn_if_unsupported(vllm_version)
+    from vllm_mxfp4_sm120.quantization import router
     from vllm_mxfp4_sm120.quantization.config import Mxfp4Sm120Config
 
     vllm_quantization.register_quantization_config(NAME)(Mxfp4Sm120Config)
+    router.register()
 
 
 def warn_if_unsupported(vllm_version: str) -> None:

@@ -32,7 +32,7 @@ using torch::stable::Tensor;
 template <typename... Parts>
 [[noreturn]] void refuse(const char* name, const Parts&... parts) {
   std::ostringstream message;
-  message << "mxfp4_sm120::moe: " << name;
+  message << "mxfp4_sm120: " << name;
   (message << ... << parts);
   throw std::runtime_error(message.str());
 }
@@ -110,6 +110,17 @@ class DeviceGuard {
   int before_ = 0;
   bool changed_ = false;
 };
+
+// Launches on torch's current stream of `device`. `launch` says why it can't, or nullptr.
+template <typename Launch>
+void enqueue(int32_t device, Launch launch) {
+  void* stream = nullptr;
+  if (aoti_torch_get_current_cuda_stream == nullptr || aoti_torch_get_current_cuda_stream(device, &stream) != 0)
+    throw std::runtime_error("mxfp4_sm120: torch gave no CUDA stream, expected a CUDA build of torch");
+  const DeviceGuard guard(device);
+  if (const char* why = launch(static_cast<cudaStream_t>(stream)))
+    throw std::runtime_error(std::string("mxfp4_sm120: ") + why);
+}
 
 int64_t workspace_bytes_op(int64_t tokens, int64_t hidden_size, int64_t intermediate_size, int64_t num_experts,
                            int64_t local_experts, int64_t top_k) {
@@ -205,12 +216,30 @@ void moe(const Tensor& x, const Tensor& w13, const Tensor& w2, const std::option
   args.out = out.data_ptr();
   args.workspace = static_cast<uint8_t*>(workspace.data_ptr());
 
-  void* stream = nullptr;
-  if (aoti_torch_get_current_cuda_stream == nullptr || aoti_torch_get_current_cuda_stream(device, &stream) != 0)
-    throw std::runtime_error("mxfp4_sm120::moe: torch gave no CUDA stream, expected a CUDA build of torch");
-  const DeviceGuard guard(device);
-  if (const char* why = moe_forward(args, static_cast<int>(config), static_cast<cudaStream_t>(stream)))
-    throw std::runtime_error(std::string("mxfp4_sm120::moe: ") + why);
+  enqueue(device, [&](cudaStream_t stream) { return moe_forward(args, static_cast<int>(config), stream); });
+}
+
+void router(const Tensor& x, const Tensor& weight, const std::optional<Tensor>& bias, const Tensor& out) {
+  if (!x.is_cuda()) refuse("x", " is on the CPU, expected a CUDA tensor: the native kernels need CUDA");
+  const int32_t device = x.get_device_index();
+  const int64_t tokens = size_of(x, "x", 2, 0), hidden = size_of(x, "x", 2, 1);
+  const int64_t experts = size_of(weight, "weight", 2, 0);
+  if (tokens > ROUTER_MAX_TOKENS) refuse("x", " has ", tokens, " tokens, expected at most ", ROUTER_MAX_TOKENS);
+  if (hidden % 8 != 0 || hidden > ROUTER_MAX_HIDDEN)
+    refuse("x", " has hidden size ", hidden, ", expected a multiple of 8 up to ", ROUTER_MAX_HIDDEN);
+  check(x, "x", device, ScalarType::BFloat16, {tokens, hidden});
+  check(weight, "weight", device, ScalarType::BFloat16, {experts, hidden});
+  if (bias) check(*bias, "bias", device, ScalarType::BFloat16, {experts}, Aligned::Element);
+  check(out, "out", device, ScalarType::BFloat16, {tokens, experts}, Aligned::Element);
+  if (tokens == 0 || experts == 0) return;
+  const RouterArgs args{x.data_ptr(),
+                        weight.data_ptr(),
+                        pointer(bias),
+                        out.data_ptr(),
+                        static_cast<int>(tokens),
+                        static_cast<int>(hidden),
+                        static_cast<int>(experts)};
+  enqueue(device, [&](cudaStream_t stream) { return router_forward(args, stream); });
 }
 
 std::string architectures() { return MXFP4_SM120_ARCHITECTURES; }
@@ -220,9 +249,15 @@ std::string launch_table_op() { return launch_table(); }
 
 STABLE_TORCH_LIBRARY(mxfp4_sm120, m) { define_ops(m); }
 
-STABLE_TORCH_LIBRARY_IMPL(mxfp4_sm120, CUDA, m) { m.impl("moe", TORCH_BOX(&moe)); }
+STABLE_TORCH_LIBRARY_IMPL(mxfp4_sm120, CUDA, m) {
+  m.impl("moe", TORCH_BOX(&moe));
+  m.impl("router", TORCH_BOX(&router));
+}
 // The same checks, the first of which says what is missing.
-STABLE_TORCH_LIBRARY_IMPL(mxfp4_sm120, CPU, m) { m.impl("moe", TORCH_BOX(&moe)); }
+STABLE_TORCH_LIBRARY_IMPL(mxfp4_sm120, CPU, m) {
+  m.impl("moe", TORCH_BOX(&moe));
+  m.impl("router", TORCH_BOX(&router));
+}
 
 // No tensor among their arguments to choose by.
 STABLE_TORCH_LIBRARY_IMPL(mxfp4_sm120, CompositeExplicitAutograd, m) {

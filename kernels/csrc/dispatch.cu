@@ -78,15 +78,20 @@ int64_t workspace_bytes(int M, int H, int I, int, int local_experts, int top_k) 
   return carve(nullptr, M, H, I, local_experts, top_k).bytes;
 }
 
-const char* moe_forward(const MoeArgs& args, int config, cudaStream_t stream) {
-  if (args.M == 0) return nullptr;
+const char* current_device(Device& device) {
   int ordinal = 0, major = 0;
-  Device device{};
   if (cudaGetDevice(&ordinal) != cudaSuccess ||
       cudaDeviceGetAttribute(&device.multiprocessors, cudaDevAttrMultiProcessorCount, ordinal) != cudaSuccess ||
       cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, ordinal) != cudaSuccess)
     return "the current device can't be queried";
   device.dependent_launch = major >= 9;
+  return nullptr;
+}
+
+const char* moe_forward(const MoeArgs& args, int config, cudaStream_t stream) {
+  if (args.M == 0) return nullptr;
+  Device device{};
+  if (const char* why = current_device(device)) return why;
   const Workspace ws = carve(args.workspace, args.M, args.H, args.I, args.local_experts, args.top_k);
   if (config >= CONFIG_COUNT) return "no such configuration";
   if (config < 0 || (config == DECODE && !decode_layer_takes(args))) config = default_config(args);

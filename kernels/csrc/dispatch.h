@@ -33,6 +33,9 @@ struct Footprint {
   int threads, shared_bytes;
 };
 
+// The current device. Returns nullptr, or why it can't be queried.
+const char* current_device(Device& device);
+
 // Each launcher returns nullptr or why it could not launch.
 bool decode_layer_takes(const MoeArgs& args);
 Footprint decode_layer_footprint();
@@ -50,7 +53,7 @@ struct LaunchOptions {
 };
 
 template <typename... Params, typename... Args>
-const char* launch_kernel(void (*kernel)(Params...), int grid, int block, int shared, cudaStream_t stream,
+const char* launch_kernel(void (*kernel)(Params...), dim3 grid, int block, int shared, cudaStream_t stream,
                           LaunchOptions options, Args... args) {
   if (shared > 0 && cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, shared) != cudaSuccess)
     return "the device refuses the kernel's shared memory";

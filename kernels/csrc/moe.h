@@ -26,6 +26,20 @@ struct MoeArgs {              // all pointers on the current device
   bool swiglu_oai;  // else silu(gate) * up
 };
 
+// The router: few tokens at most, rows no longer than this (more are a GEMM library's business).
+constexpr int ROUTER_MAX_TOKENS = 64, ROUTER_MAX_HIDDEN = 9216;
+
+struct RouterArgs {
+  const void* x;       // bf16 [M, H], H a multiple of 8
+  const void* weight;  // bf16 [experts, H]
+  const void* bias;    // bf16 [experts] or nullptr
+  void* out;           // bf16 [M, experts]
+  int M, H, experts;
+};
+
+// Enqueues it on `stream`. Returns nullptr, or a static string saying why not.
+const char* router_forward(const RouterArgs& args, cudaStream_t stream);
+
 // Bytes of workspace for up to M tokens; grows with M.
 int64_t workspace_bytes(int M, int H, int I, int num_experts, int local_experts, int top_k);
 

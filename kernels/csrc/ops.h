@@ -11,6 +11,9 @@ inline void define_ops(torch::stable::detail::StableLibrary& m) {
       "moe(Tensor x, Tensor w13, Tensor w2, Tensor? w13_bias, Tensor? w2_bias, Tensor? router_logits, "
       "Tensor? topk_ids, Tensor? topk_weights, Tensor? expert_map, Tensor(a!) workspace, int num_experts, int top_k, "
       "bool swiglu_oai, int config, Tensor(b!) out) -> ()");
+  // logits = x . weight^T + bias for up to ROUTER_MAX_TOKENS tokens: x bf16 [M, H], weight bf16 [E, H], out bf16 [M,
+  // E].
+  m.def("router(Tensor x, Tensor weight, Tensor? bias, Tensor(a!) out) -> ()");
   m.def(
       "workspace_bytes(int tokens, int hidden_size, int intermediate_size, int num_experts, int local_experts, "
       "int top_k) -> int");

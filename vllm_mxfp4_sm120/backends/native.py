@@ -30,6 +30,9 @@ MAX_TOP_K = 8
 # The longest row that the kernel for few tokens holds in registers, and that the others are tested with.
 MAX_SIZE = 7168
 
+# Of its router: a matter of latency, for few tokens. Kept with kernels/csrc/moe.h.
+ROUTER_MAX_TOKENS, ROUTER_MAX_HIDDEN = 64, 9216
+
 # The library's own rule for which kernels run, where configs/tuning/ has none for the card.
 DEFAULT_CONFIG = -1
 
@@ -146,11 +149,38 @@ def load() -> str:
 def _load() -> str:
     torch.ops.load_library(LIBRARY)
     torch.library.register_fake("mxfp4_sm120::moe", _fake_moe)
-    torch.library.register_fake("mxfp4_sm120::moe_layer", _fake_moe_layer, lib=_define_layer())
+    torch.library.register_fake("mxfp4_sm120::router", _fake_moe)
+    layer = _define_layer()
+    torch.library.register_fake("mxfp4_sm120::moe_layer", _fake_moe_layer, lib=layer)
+    torch.library.register_fake("mxfp4_sm120::router_logits", _fake_router_logits, lib=layer)
     architectures = torch.ops.mxfp4_sm120.architectures()
     if architectures == "stub":
         warnings.warn(f"{LIBRARY} is a stub: its output is zeros, never an answer", stacklevel=2)
     return architectures
+
+
+def router_logits(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    """x bf16 [M, H], weight bf16 [E, H], bias bf16 [E] -> x @ weight^T + bias, bf16 [M, E].
+
+    Up to ROUTER_MAX_TOKENS tokens in one short kernel, more by torch. Needs `load`.
+    """
+    return torch.ops.mxfp4_sm120.router_logits(x, weight, bias)
+
+
+def router_why_not(weight: Tensor, bias: Tensor | None) -> str | None:
+    """One line saying why `router_logits` isn't for this router; None where it is and agrees with float64 here."""
+    if weight.dtype != torch.bfloat16 or weight.device.type != "cuda":
+        return f"its weights are {weight.dtype} on {weight.device.type}, not bfloat16 on a GPU"
+    if weight.shape[1] % 8 or weight.shape[1] > ROUTER_MAX_HIDDEN:
+        return f"hidden size {weight.shape[1]} isn't a multiple of 8 up to {ROUTER_MAX_HIDDEN}"
+    generator = torch.Generator(weight.device).manual_seed(0)
+    for tokens in (1, 7, ROUTER_MAX_TOKENS):
+        x = torch.randn(tokens, weight.shape[1], generator=generator, device=weight.device).bfloat16()
+        expected = x.double() @ weight.double().T + (0.0 if bias is None else bias.double())
+        error = (router_logits(x, weight, bias).double() - expected).norm()
+        if not error <= Native.tolerance * expected.norm():  # NaN fails too
+            return f"wrong numbers: an error of {error:.2g} in {expected.norm():.2g}, at {tokens} tokens"
+    return None
 
 
 def covers(architectures: str, capability: tuple[int, int]) -> bool:
@@ -236,8 +266,12 @@ _ARGUMENTS = (
 def _define_layer() -> torch.library.Library:
     library = torch.library.Library("mxfp4_sm120", "FRAGMENT")
     library.define(f"moe_layer({_ARGUMENTS}) -> Tensor", tags=(torch.Tag.pt2_compliant_tag,))
+    library.define(
+        "router_logits(Tensor x, Tensor weight, Tensor? bias) -> Tensor", tags=(torch.Tag.pt2_compliant_tag,)
+    )
     # One implementation for all devices: on a CPU the library says that it needs CUDA.
     library.impl("moe_layer", _moe_layer, "CompositeExplicitAutograd")
+    library.impl("router_logits", _router_logits, "CompositeExplicitAutograd")
     return library
 
 
@@ -281,6 +315,18 @@ def _moe_layer(
         out,
     )
     return out
+
+
+def _router_logits(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    if x.shape[0] > ROUTER_MAX_TOKENS:
+        return torch.nn.functional.linear(x, weight, bias)
+    out = x.new_empty(x.shape[0], weight.shape[0])
+    torch.ops.mxfp4_sm120.router(x.contiguous(), weight, bias, out)
+    return out
+
+
+def _fake_router_logits(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    return x.new_empty(x.shape[0], weight.shape[0])
 
 
 def _fake_moe_layer(x: Tensor, *arguments) -> Tensor:
