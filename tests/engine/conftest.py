@@ -6,8 +6,8 @@ import json
 import os
 import subprocess
 import sys
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -27,12 +27,14 @@ ENV = {**os.environ, "HF_HUB_OFFLINE": "1", "VLLM_NO_USAGE_STATS": "1", "VLLM_AL
 
 @dataclass(frozen=True)
 class Answers:
-    """Greedy tokens and their log-probabilities for each prompt; `layers` as generate.py says, for each rank."""
+    """Greedy tokens and their log-probabilities for each prompt; the rest as generate.py says."""
 
     tokens: list[list[int]]
     logprobs: list[list[float]]
     quantization: str | None = None
-    layers: tuple[dict[str, list], ...] = ()
+    layers: Sequence[dict[str, list]] = ()
+    cached: int = 0
+    metrics: Mapping[str, float] = field(default_factory=dict)
 
     def worst_difference(self, other: Answers) -> float:
         """The largest difference of a log-probability. The tokens must be the same."""
@@ -48,16 +50,18 @@ def generate(
     directory: Path,
     env: dict[str, str] | None = None,
     vllm_routes: bool = False,
+    rounds: int = 1,
     **engine: Any,
 ) -> Answers:
     """Greedy answers of an engine in a process of its own. Raises CalledProcessError, its log being in `directory`."""
     engine = {"model": str(model), "max_model_len": 512, "kv_cache_memory_bytes": 1 << 26, **engine}
-    if engine.get("tensor_parallel_size", 1) == 1:
+    if engine.get("tensor_parallel_size", 1) * engine.get("pipeline_parallel_size", 1) == 1:
         ranks = {"VLLM_ENABLE_V1_MULTIPROCESSING": "0"}  # one process is enough, and starts in half of the time
     else:
         # By itself vLLM wants a NUMA node for each rank.
         ranks = {"VLLM_CPU_OMP_THREADS_BIND": "nobind", "OMP_NUM_THREADS": "1"}
-    task = {"engine": engine, "prompts": prompts, "max_tokens": MAX_TOKENS, "vllm_routes": vllm_routes}
+    task = {"engine": engine, "prompts": prompts, "max_tokens": MAX_TOKENS, "rounds": rounds}
+    task["vllm_routes"] = vllm_routes
     result = directory / "answers.json"
     with (directory / "engine.log").open("w") as log:
         subprocess.run(
@@ -71,8 +75,7 @@ def generate(
             timeout=600,
             env={**ENV, **ranks, **(env or {})},
         )
-    answers = json.loads(result.read_text())
-    return Answers(answers["tokens"], answers["logprobs"], answers["quantization"], tuple(answers["layers"]))
+    return Answers(**json.loads(result.read_text()))
 
 
 @pytest.fixture(scope="session")

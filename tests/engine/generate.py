@@ -2,9 +2,10 @@
 
 Run as a module, from the repository's root.
 
-Task: {"engine": LLM's keyword arguments, "prompts": [[token id]], "max_tokens": n, "vllm_routes": bool}.
+Task: {"engine": LLM's keyword arguments, "prompts": [[token id]], "max_tokens": n, "rounds": n, "vllm_routes": bool}.
 Result: {"quantization": ..., "layers": [{layer: [method, backend, bytes]} per rank], "tokens": [[id]],
-"logprobs": [[x]]}.
+"logprobs": [[x]], "cached": prompt tokens that were not computed again, "metrics": {vLLM's name: its counter}};
+the tokens and what follows them are those of the last round.
 """
 
 from __future__ import annotations
@@ -46,7 +47,10 @@ def main() -> None:
         llm.apply_model(let_vllm_route)
     sampling = SamplingParams(temperature=0.0, max_tokens=task["max_tokens"], ignore_eos=True, logprobs=0)
     prompts = [{"prompt_token_ids": ids} for ids in task["prompts"]]
-    outputs = [request.outputs[0] for request in llm.generate(prompts, sampling, use_tqdm=False)]
+    for _ in range(task["rounds"]):
+        requests = llm.generate(prompts, sampling, use_tqdm=False)
+    outputs = [request.outputs[0] for request in requests]
+    counted = task["engine"].get("disable_log_stats", True) is False
     result = {
         "quantization": llm.llm_engine.model_config.quantization,
         "layers": llm.apply_model(who_answers),
@@ -55,6 +59,8 @@ def main() -> None:
             [step[token].logprob for step, token in zip(output.logprobs, output.token_ids, strict=True)]
             for output in outputs
         ],
+        "cached": sum(request.num_cached_tokens or 0 for request in requests),
+        "metrics": {m.name: m.value for m in llm.get_metrics() if hasattr(m, "value")} if counted else {},
     }
     Path(sys.argv[1]).write_text(json.dumps(result))
 

@@ -6,13 +6,15 @@ import copy
 import json
 import subprocess
 from dataclasses import replace
+from itertools import cycle
 from pathlib import Path
 
 import pytest
 import torch
 from safetensors.torch import save_file
+from vllm.config import CompilationMode
 
-from tests.engine.conftest import MAX_TOKENS, Answers, generate
+from tests.engine.conftest import MAX_TOKENS, Answers, generate, transformers_answers
 from vllm_mxfp4_sm120.checkpoint import Sizes
 from vllm_mxfp4_sm120.cli.serve import Server
 from vllm_mxfp4_sm120.memory import upcast_bytes
@@ -23,15 +25,15 @@ TOLERANCE = 2e-2  # of a log-probability
 two_ranks = pytest.mark.skipif(torch.cuda.device_count() == 1, reason="two ranks need two GPUs, or none")
 
 
-def assert_ours(answers: Answers, config: dict, choice: Choice, tp: int = 1, ep: int = 1) -> None:
+def assert_ours(answers: Answers, config: dict, choice: Choice, tp: int = 1, ep: int = 1, pp: int = 1) -> None:
     """The engine took our method; every layer of every rank holds it, the right backend, packed weights only."""
     assert answers.quantization == "mxfp4_sm120"
-    assert len(answers.layers) == tp * ep
+    assert len(answers.layers) == tp * ep * pp
     experts, blocks = config["num_local_experts"] // ep, -(-config["intermediate_size"] // tp // BLOCK)
     shape = replace(Sizes.from_config(config).layer, local_experts=experts, intermediate_size=blocks * BLOCK)
     biases = 2 * (2 * shape.intermediate_size + shape.hidden_size)
     for rank in answers.layers:
-        assert len(rank) == config["num_hidden_layers"]
+        assert len(rank) == config["num_hidden_layers"] // pp
         for method, backend, nbytes in rank.values():
             assert (method, backend) == ("Mxfp4Sm120MoEMethod", choice.backend.name)
             if backend == "tiled":  # others may pad
@@ -97,6 +99,63 @@ def test_expert_parallel(
     )
     assert_ours(answers, tiny_config, choice, ep=2)
     assert answers.worst_difference(offline) < TOLERANCE
+
+
+@two_ranks
+def test_pipeline_parallel(
+    tiny: Path, prompts: list[list[int]], tmp_path: Path, offline: Answers, tiny_config: dict, choice: Choice
+) -> None:
+    """Two ranks with one layer each. On CPUs vLLM makes room for what the second receives only as it compiles."""
+    traced_only = {"mode": CompilationMode.DYNAMO_TRACE_ONCE, "backend": "eager"}
+    answers = generate(
+        tiny, prompts, tmp_path, quantization="mxfp4_sm120", compilation_config=traced_only, pipeline_parallel_size=2
+    )
+    assert_ours(answers, tiny_config, choice, pp=2)
+    assert answers.worst_difference(offline) < TOLERANCE
+
+
+def test_pieces_of_prompts_and_guessed_tokens(
+    tiny: Path,
+    prompts: list[list[int]],
+    tmp_path: Path,
+    transformers_model,
+    expected: Answers,
+    tiny_config: dict,
+    choice: Choice,
+) -> None:
+    """Chunked prefill, prefix caching and speculative decoding in one engine, and each did happen.
+
+    A prompt is followed by its answer, or by that backwards, and by itself: vLLM guesses that what followed it follows
+    again, and checks several tokens in one step. It is served in pieces of at most 40 tokens, and then a second time.
+    """
+    again = [
+        ids + tokens[:: 1 if even else -1] + ids
+        for ids, tokens, even in zip(prompts, expected.tokens, cycle((True, False)), strict=False)
+    ]
+    answers = generate(
+        tiny,
+        again,
+        tmp_path,
+        rounds=2,
+        quantization="mxfp4_sm120",
+        enforce_eager=True,
+        max_num_batched_tokens=40,
+        max_num_seqs=len(prompts),
+        block_size=32,
+        speculative_config={
+            "method": "ngram",
+            "num_speculative_tokens": 3,
+            "prompt_lookup_min": 1,
+            "prompt_lookup_max": 3,
+        },
+        disable_log_stats=False,
+    )
+    assert max(map(len, again)) > 2 * 40
+    assert answers.cached > 0
+    guessed, right = (answers.metrics[f"vllm:spec_decode_num_{what}_tokens"] for what in ("draft", "accepted"))
+    assert 0 < right < guessed
+    assert_ours(answers, tiny_config, choice)
+    assert answers.worst_difference(transformers_answers(transformers_model, again)) < TOLERANCE
 
 
 def test_experts_chosen_by_vllms_router(
