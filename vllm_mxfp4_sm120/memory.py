@@ -56,13 +56,15 @@ def configure_torch() -> None:
 
     Call it in every process before CUDA is initialised, and only when this plugin serves the model: they hold for all
     of torch. Calling again changes nothing, and what the user set stays.
-    - Expandable segments, so that memory freed while a layer's weights are rearranged fits whatever comes next. vLLM
-      refuses them together with a KV connector; PYTORCH_CUDA_ALLOC_CONF=expandable_segments:False is then the way out.
+    - Expandable segments, so that memory freed while a layer's weights are rearranged fits whatever comes next; only
+      where one GPU is visible, for vLLM's all-reduce between several dies of them (vllm-project/vllm#42609). vLLM
+      refuses them together with a KV connector: PYTORCH_CUDA_ALLOC_CONF=expandable_segments:False is the way out.
     - TF32 for the matmuls that stay in float32, through vLLM's own setting, which its workers apply at their start.
     """
     if torch.version.cuda is None:
         return
     # Torch reads the second name too and prefers it; vLLM's check of KV connectors knows only the first.
-    if "PYTORCH_CUDA_ALLOC_CONF" not in os.environ and "PYTORCH_ALLOC_CONF" not in os.environ:
+    users_own = "PYTORCH_CUDA_ALLOC_CONF" in os.environ or "PYTORCH_ALLOC_CONF" in os.environ
+    if not users_own and torch.cuda.device_count() == 1:
         os.environ["PYTORCH_CUDA_ALLOC_CONF"] = "expandable_segments:True"
     os.environ.setdefault("VLLM_FLOAT32_MATMUL_PRECISION", "high")

@@ -69,6 +69,7 @@ SETTINGS = ("PYTORCH_CUDA_ALLOC_CONF", "PYTORCH_ALLOC_CONF", "VLLM_FLOAT32_MATMU
 @pytest.fixture
 def cuda_build(monkeypatch):
     monkeypatch.setattr(torch.version, "cuda", "13.0")
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
     for name in SETTINGS:
         monkeypatch.setenv(name, "")  # so that what a test sets is taken back
         monkeypatch.delenv(name)
@@ -84,6 +85,12 @@ def test_torch_is_configured_once(cuda_build, monkeypatch):
     assert settings() == expected
     memory.configure_torch()
     assert settings() == expected
+
+
+def test_several_gpus_share_buffers_that_expandable_segments_cannot(cuda_build, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    memory.configure_torch()
+    assert settings() == {"VLLM_FLOAT32_MATMUL_PRECISION": "high"}
 
 
 @pytest.mark.parametrize("name", ["PYTORCH_CUDA_ALLOC_CONF", "PYTORCH_ALLOC_CONF"])
