@@ -5,10 +5,10 @@
     python benchmarks/engine.py /data/g20 --choices ours,marlin --profile 1,8,64
 
 "ours" is `--quantization mxfp4_sm120`, "ours:NAME" that with a backend by name, "bf16" the same model unquantized with
-made-up weights; any other name is vLLM's own `--quantization mxfp4` with that `--moe-backend`. A directory with nothing
-but config.json will do, with --engine '{"load_format": "dummy"}'. Prompts are random tokens, answers ignore the end
-of text, and everything is served until it gets no faster. Every choice also answers the same prompts greedily, and its
-answers are compared with the first choice's.
+made-up weights; any other name is vLLM's own `--quantization mxfp4` with that `--moe-backend`. "-tp2" or "-ep2" after
+a name means two GPUs, tensor or expert parallel. A directory with nothing but config.json will do, with --engine
+'{"load_format": "dummy"}'. Prompts are random tokens, answers ignore the end of text, and everything is served until
+it gets no faster. Every choice also answers the same prompts greedily, and is compared in that with the first choice.
 """
 
 from __future__ import annotations
@@ -124,14 +124,23 @@ def measure(task: dict[str, Any]) -> dict[str, Any]:
 
 
 def engine_arguments(choice: str) -> dict[str, Any]:
-    """vLLM's arguments for one of --choices."""
-    name, _, backend = choice.partition(":")
+    """vLLM's arguments for one of --choices. Raises ValueError for what isn't one."""
+    parsed = re.fullmatch(r"(\w+)(?::(\w+))?(?:-(tp|ep)(\d+))?", choice)
+    if parsed is None or (parsed[2] and parsed[1] != "ours"):
+        raise ValueError(
+            f"--choices has {choice!r}, expected names as in ours, ours:triton, ours-tp2, marlin-ep2, bf16"
+        )
+    name, backend, parallel, ranks = parsed.groups()
+    arguments: dict[str, Any] = {"quantization": "mxfp4", "moe_backend": name}
     if name == "ours":
-        named = {"additional_config": {"mxfp4_sm120": {"backend": backend}}} if backend else {}
-        return {"quantization": "mxfp4_sm120", **named}
-    if name == "bf16":
-        return {"hf_overrides": {"quantization_config": None}, "load_format": "dummy"}
-    return {"quantization": "mxfp4", "moe_backend": name}
+        arguments = {"quantization": "mxfp4_sm120"}
+        if backend:
+            arguments["additional_config"] = {"mxfp4_sm120": {"backend": backend}}
+    elif name == "bf16":
+        arguments = {"hf_overrides": {"quantization_config": None}, "load_format": "dummy"}
+    if parallel:
+        arguments |= {"tensor_parallel_size": int(ranks), "enable_expert_parallel": parallel == "ep"}
+    return arguments
 
 
 def in_a_process(task: dict[str, Any], log: Path) -> dict[str, Any]:
@@ -235,10 +244,13 @@ def main() -> None:
     room = {"max_model_len": longest, "max_num_seqs": most, "skip_tokenizer_init": True}
     results: dict[str, Any] = {}
     answers: dict[str, list[Answer]] = {}
-    choices = given.choices.split(",")
-    for choice in choices:
+    try:
+        choices = {choice: engine_arguments(choice) for choice in given.choices.split(",")}
+    except ValueError as error:
+        parser.error(str(error))
+    for choice, arguments in choices.items():
         task = {
-            "engine": {"model": given.model, **room, **engine_arguments(choice), **given.engine},
+            "engine": {"model": given.model, **room, **arguments, **given.engine},
             "concurrent": given.concurrent,
             "profile": given.profile,
             "answer_tokens": given.answer_tokens,

@@ -43,3 +43,17 @@ def test_answers_compare(second: list, outcome: str, within: float) -> None:
 )
 def test_kernels_belong_somewhere(kernel: str, group: str) -> None:
     assert engine["group_of"](kernel) == group
+
+
+def test_choices_are_arguments_of_vllm() -> None:
+    arguments = engine["engine_arguments"]
+    assert arguments("ours") == {"quantization": "mxfp4_sm120"}
+    assert arguments("ours:triton-ep2") == {
+        "quantization": "mxfp4_sm120",
+        "additional_config": {"mxfp4_sm120": {"backend": "triton"}},
+        "tensor_parallel_size": 2,
+        "enable_expert_parallel": True,
+    }
+    assert arguments("marlin") == {"quantization": "mxfp4", "moe_backend": "marlin"}
+    with pytest.raises(ValueError, match=r"--choices has 'marlin:x', expected such as ours"):
+        arguments("marlin:x")
