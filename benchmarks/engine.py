@@ -127,9 +127,7 @@ def engine_arguments(choice: str) -> dict[str, Any]:
     """vLLM's arguments for one of --choices. Raises ValueError for what isn't one."""
     parsed = re.fullmatch(r"(\w+)(?::(\w+))?(?:-(tp|ep)(\d+))?", choice)
     if parsed is None or (parsed[2] and parsed[1] != "ours"):
-        raise ValueError(
-            f"--choices has {choice!r}, expected names as in ours, ours:triton, ours-tp2, marlin-ep2, bf16"
-        )
+        raise ValueError(f"--choices has {choice!r}, expected such as ours, ours:triton, ours-tp2, marlin-ep2, bf16")
     name, backend, parallel, ranks = parsed.groups()
     arguments: dict[str, Any] = {"quantization": "mxfp4", "moe_backend": name}
     if name == "ours":
