@@ -7,6 +7,7 @@ import shutil
 from types import SimpleNamespace
 
 import pytest
+import torch
 
 from vllm_mxfp4_sm120 import config_path
 from vllm_mxfp4_sm120.checkpoint import Checkpoint
@@ -40,3 +41,19 @@ def test_no_room_on_the_disk(tmp_path, monkeypatch, capsys):
     assert main(["make-tiny", "--like", "openai/gpt-oss-20b", str(tmp_path / "like")]) != 0
     assert "bytes, 1000 are free there; choose another disk" in capsys.readouterr().err
     assert list(tmp_path.iterdir()) == []
+
+
+def test_the_same_numbers_whichever_thread_draws_them():
+    """Three pieces each, and every byte there is."""
+
+    def draw(seed):
+        with make_tiny.Dice(seed) as dice:
+            return dice.bytes(3, 8 * make_tiny.PIECE), dice.normal(3, make_tiny.PIECE, std=2.0, mean=1.0)
+
+    codes, numbers = draw(0)
+    assert all(torch.equal(*pair) for pair in zip((codes, numbers), draw(0), strict=True))
+    assert not torch.equal(codes, draw(1)[0])
+    assert not torch.equal(codes[0], codes[1])
+    assert torch.bincount(codes.flatten()[::64], minlength=256).min() > 1000
+    assert numbers.float().mean().item() == pytest.approx(1.0, abs=0.01)
+    assert numbers.float().std().item() == pytest.approx(2.0, abs=0.01)

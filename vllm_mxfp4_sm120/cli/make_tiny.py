@@ -26,7 +26,8 @@ from vllm_mxfp4_sm120.mxfp4 import BLOCK, SCALE_BIAS
 
 SEED = 0
 LIKE = ("openai/gpt-oss-20b", "openai/gpt-oss-120b")
-# How much each part adds to the residual stream, whose embeddings have unit size.
+# How much each part adds to the residual stream, whose embeddings have unit size, in a model of two layers. In a deeper
+# one each layer adds less (`layer_gain`), or the embedding would drown: after 24 layers it was a seventh of the stream.
 ATTENTION_GAIN, GATE_UP_GAIN, DOWN_GAIN = 0.5, 1.5, 0.8
 # Two programs round differently, so nothing that is decided may be close. With plain random weights it often is: the
 # best of hundreds of tokens wins by less than BF16 resolves, the fourth expert leads the fifth by as little, and a test
@@ -86,7 +87,7 @@ def make_tiny(directory: Path, config: dict[str, Any], seed: int = SEED) -> None
         for layer in tqdm(range(config["num_hidden_layers"]), desc=f"writing {directory}", unit="layer", disable=None):
             for name, tensor in attention_and_router(config, dice):
                 writer.add(f"model.layers.{layer}.{name}", tensor)
-            writer.add_experts(layer, random_experts(Sizes.from_config(config).layer, dice))
+            writer.add_experts(layer, random_experts(Sizes.from_config(config).layer, layer_gain(config), dice))
         writer.write_json("config.json", config)
         special = {key: config[key] for key in ("bos_token_id", "eos_token_id", "pad_token_id")}
         writer.write_json("generation_config.json", special)
@@ -182,6 +183,11 @@ def expert_scores(config: dict[str, Any], generator: torch.Generator) -> Tensor:
     return ranked[places] + 0.25 * torch.rand(shape, generator=generator)
 
 
+def layer_gain(config: dict[str, Any]) -> float:
+    """What a layer's outputs are multiplied with, so that all layers together add as much as two would with 1."""
+    return math.sqrt(2 / config["num_hidden_layers"])
+
+
 def attention_and_router(config: dict[str, Any], dice: Dice) -> Iterator[tuple[str, Tensor]]:
     """One layer's tensors other than its experts, by their names within the layer."""
     hidden, experts, head = config["hidden_size"], config["num_local_experts"], config["head_dim"]
@@ -189,7 +195,7 @@ def attention_and_router(config: dict[str, Any], dice: Dice) -> Iterator[tuple[s
     for name, rows in (("q_proj", heads * head), ("k_proj", kv_heads * head), ("v_proj", kv_heads * head)):
         yield f"self_attn.{name}.weight", dice.normal(rows, hidden, std=hidden**-0.5)
         yield f"self_attn.{name}.bias", dice.normal(rows, std=0.1)
-    out_std = ATTENTION_GAIN * (heads * head) ** -0.5
+    out_std = layer_gain(config) * ATTENTION_GAIN * (heads * head) ** -0.5
     out, out_bias = dice.normal(hidden, heads * head, std=out_std), dice.normal(hidden, std=0.1)
     out[:experts], out_bias[:experts] = 0, 0
     yield "self_attn.o_proj.weight", out
@@ -201,7 +207,7 @@ def attention_and_router(config: dict[str, Any], dice: Dice) -> Iterator[tuple[s
     yield "mlp.router.bias", dice.normal(experts, std=0.1)
 
 
-def random_experts(shape: MoEShape, dice: Dice) -> MoEWeights:
+def random_experts(shape: MoEShape, gain: float, dice: Dice) -> MoEWeights:
     """Experts of random codes, and of scales from three neighbouring powers of two that give each GEMM its gain."""
 
     def projection(rows: int, k: int, gain: float) -> tuple[Tensor, Tensor, Tensor]:
@@ -211,7 +217,7 @@ def random_experts(shape: MoEShape, dice: Dice) -> MoEWeights:
         return codes, scales, dice.normal(shape.num_experts, rows, std=0.2 * gain)
 
     w13, w13_scale, w13_bias = projection(2 * shape.intermediate_size, shape.hidden_size, GATE_UP_GAIN)
-    w2, w2_scale, w2_bias = projection(shape.hidden_size, shape.intermediate_size, DOWN_GAIN)
+    w2, w2_scale, w2_bias = projection(shape.hidden_size, shape.intermediate_size, gain * DOWN_GAIN)
     w2[:, : shape.num_experts], w2_bias[:, : shape.num_experts] = 0, 0
     return MoEWeights(w13, w13_scale, w2, w2_scale, w13_bias, w2_bias)
 
