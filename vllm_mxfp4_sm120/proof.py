@@ -105,6 +105,13 @@ def random_inputs(shape: MoEShape, tokens: int, device: torch.device | str, seed
     return x.bfloat16().to(device), logits.bfloat16().to(device)
 
 
+def random_router(shape: MoEShape, device: torch.device | str, seed: int = 2) -> tuple[Tensor, Tensor]:
+    """A router's weights bf16 [E, H] and bias bf16 [E]."""
+    draw: dict[str, Any] = {"generator": torch.Generator("cpu").manual_seed(seed), "device": "cpu"}
+    weight = torch.randn(shape.num_experts, shape.hidden_size, dtype=torch.float32, **draw) * shape.hidden_size**-0.5
+    return weight.bfloat16().to(device), torch.randn(shape.num_experts, **draw).bfloat16().to(device)
+
+
 def solve(backend: type[Backend], shape: MoEShape, device: torch.device | str) -> Proof:
     """Run the problem in this process and judge the answers."""
     try:
@@ -120,13 +127,19 @@ def solve(backend: type[Backend], shape: MoEShape, device: torch.device | str) -
             topk_ids, topk_weights = topk_softmax(logits, shape.top_k)
             expected = reference(weights, x, topk_ids, topk_weights, shape.activation, expert_map)
             answers = {
-                "routed": layer.forward(prepared, x, topk_ids.int(), topk_weights, expert_map),
-                "from logits": layer.forward_logits(prepared, x, logits, expert_map),
+                "routed": (layer.forward(prepared, x, topk_ids.int(), topk_weights, expert_map), expected),
+                "from logits": (layer.forward_logits(prepared, x, logits, expert_map), expected),
             }
-            for path, answer in answers.items():
-                if answer.shape != x.shape or answer.dtype != x.dtype:
-                    return Proof(f"answered {answer.dtype} {list(answer.shape)}, expected {x.dtype} {list(x.shape)}")
-                error = ((answer.double() - expected).norm() / expected.norm()).item()
+            if backend.has_router:
+                router, bias = random_router(shape, device)
+                right = x.double() @ router.double().T + bias.double()
+                answers["the router"] = layer.router_logits(x, router, bias), right
+            for path, (answer, right) in answers.items():
+                if answer.shape != right.shape or answer.dtype != x.dtype:
+                    return Proof(
+                        f"answered {answer.dtype} {list(answer.shape)}, expected {x.dtype} {list(right.shape)}"
+                    )
+                error = ((answer.double() - right).norm() / right.norm()).item()
                 if not error <= backend.tolerance:  # NaN fails too
                     at = f"{error:.2g} at {tokens} tokens, {path}"
                     return Proof(f"wrong numbers: relative error {at}, expected at most {backend.tolerance}")

@@ -15,7 +15,6 @@ from vllm.model_executor.layers.fused_moe.router.gate_linear import GateLinear
 from vllm.model_executor.layers.quantization import get_quantization_config
 
 from vllm_mxfp4_sm120 import plugin
-from vllm_mxfp4_sm120.backends import native
 from vllm_mxfp4_sm120.backends.tiled import Tiled
 from vllm_mxfp4_sm120.moe import MoEShape
 from vllm_mxfp4_sm120.quantization import config as quantization_config
@@ -150,35 +149,33 @@ def test_loader_leaves_the_rest_of_a_short_shard_zero() -> None:
     assert not parameter[..., 3].any()
 
 
+class Routes(Tiled):
+    has_router = True
+
+    def router_logits(self, x, weight, bias):
+        return super().router_logits(x, weight, bias) + 1
+
+
+@pytest.mark.parametrize("backend", [Routes, Tiled])
 @pytest.mark.parametrize("ours", [True, False])
-@pytest.mark.parametrize("backend", [native.Native, Tiled])
-@pytest.mark.parametrize("reason", [None, "wrong numbers"])
-def test_the_router_is_ours_where_the_experts_are_native(
-    ours: bool, backend: type, reason: str | None, monkeypatch: pytest.MonkeyPatch, said: list[str]
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+def test_the_router_is_the_experts_backends_where_it_has_one(
+    backend: type, ours: bool, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Where it isn't, vLLM's linear answers; so it does on this machine without a GPU, whatever was decided."""
     monkeypatch.setattr(parallel_state, "_TP", SimpleNamespace(rank_in_group=0, world_size=1))
-    monkeypatch.setattr(native, "router_why_not", lambda weight, bias: reason)
     config = VllmConfig()
     config.quant_config = Mxfp4Sm120Config({}) if ours else None
     plugin.register()
     with set_current_vllm_config(config):
-        router = GateLinear(64, 8, bias=True, prefix="model.layers.1.mlp.router", return_bias=False)
-    experts = SimpleNamespace(
-        routed_experts=SimpleNamespace(quant_method=SimpleNamespace(backend=object.__new__(backend)))
-    )
+        router = GateLinear(64, 8, bias=True, prefix="model.layers.1.mlp.router", return_bias=False, params_dtype=dtype)
+    assert isinstance(router.quant_method, RouterMethod) == ours
+    method = SimpleNamespace(backend=backend(SHAPE))
+    experts = SimpleNamespace(routed_experts=SimpleNamespace(quant_method=method))
     config.compilation_config.static_forward_context["model.layers.1.mlp.experts"] = experts
     torch.nn.init.normal_(router.weight.data)
     torch.nn.init.normal_(router.bias.data)
-    x = torch.randn(3, 64, dtype=router.weight.dtype)
-    expected = torch.nn.functional.linear(x, router.weight, router.bias)
+    x = torch.randn(3, 64, dtype=dtype)
+    plain = torch.nn.functional.linear(x, router.weight, router.bias)
     router.quant_method.process_weights_after_loading(router)
-    assert isinstance(router.quant_method, RouterMethod) == ours
-    assert getattr(router.quant_method, "fused", False) == (ours and backend is native.Native and reason is None)
-    assert said == (
-        ["mxfp4_sm120: the router stays with vLLM: wrong numbers"]
-        if ours and backend is native.Native and reason
-        else []
-    )
-    if not getattr(router.quant_method, "fused", False):
-        torch.testing.assert_close(router(x), expected)
+    fused = ours and backend is Routes and dtype == torch.bfloat16
+    torch.testing.assert_close(router(x), plain + 1 if fused else plain)

@@ -58,3 +58,13 @@ class Kills(Good):
 
     def forward(self, *arguments):
         os.kill(os.getpid(), signal.SIGSEGV)
+
+
+class Misroutes(Good):
+    """Right experts behind a router that forgets its bias."""
+
+    name = "misroutes"
+    has_router = True
+
+    def router_logits(self, x, weight, bias):
+        return super().router_logits(x, weight, None)

@@ -30,6 +30,7 @@ def cache(tmp_path, monkeypatch):
     "backend, reason",
     [
         (faulty.Wrong, "wrong numbers: relative error 0.0"),
+        (faulty.Misroutes, "wrong numbers: relative error 0.76 at 1 tokens, the router, expected at most 0.01;"),
         (faulty.Raises, "RuntimeError: no kernel image is available;"),
         (faulty.Hangs, "no answer within 10 s (MXFP4_SM120_PROOF_SECONDS);"),
         (faulty.Kills, "its process died (killed by SIGSEGV): it said nothing;"),

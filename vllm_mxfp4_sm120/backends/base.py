@@ -6,6 +6,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from typing import ClassVar
 
+import torch
 from torch import Tensor
 
 from vllm_mxfp4_sm120.moe import MoEShape, MoEWeights, topk_softmax
@@ -25,6 +26,8 @@ class Backend(ABC):
     capturable: ClassVar[bool]
     # Does it run kernels of its own, which can hang or kill a process: then its proof runs in a child process.
     compiled: ClassVar[bool] = True
+    # Has it a kernel for the router in front of the experts, too (`router_logits`)?
+    has_router: ClassVar[bool] = False
     # Largest relative error (Frobenius) against the float64 reference that its proof accepts; BF16 rounding makes 4e-3.
     tolerance: ClassVar[float] = 1e-2
 
@@ -64,3 +67,7 @@ class Backend(ABC):
         """The same from router logits [M, num_experts]; backends that route inside their kernels override it."""
         topk_ids, topk_weights = topk_softmax(router_logits, self.shape.top_k)
         return self.forward(prepared, x, topk_ids, topk_weights, expert_map)
+
+    def router_logits(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        """x bf16 [M, H], weight bf16 [num_experts, H], bias bf16 [num_experts] -> x @ weight^T + bias, bf16."""
+        return torch.nn.functional.linear(x, weight, bias)

@@ -30,8 +30,8 @@ MAX_TOP_K = 8
 # The longest row that the kernel for few tokens holds in registers, and that the others are tested with.
 MAX_SIZE = 7168
 
-# Of its router: a matter of latency, for few tokens. Kept with kernels/csrc/moe.h.
-ROUTER_MAX_TOKENS, ROUTER_MAX_HIDDEN = 64, 9216
+# For more tokens the router is a GEMM library's business; kernels/csrc/moe.h says the same.
+ROUTER_MAX_TOKENS = 64
 
 # The library's own rule for which kernels run, where configs/tuning/ has none for the card.
 DEFAULT_CONFIG = -1
@@ -42,6 +42,7 @@ class Native(Backend):
 
     name = "native"
     capturable = True
+    has_router = True
 
     @classmethod
     def why_not(cls, machine: Machine, shape: MoEShape) -> str | None:
@@ -106,6 +107,9 @@ class Native(Backend):
             router_logits = router_logits.float()
         return self._layer(prepared, x, router_logits.contiguous(), None, None, expert_map)
 
+    def router_logits(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        return torch.ops.mxfp4_sm120.router_logits(x, weight, bias)
+
     def _layer(
         self,
         prepared: Prepared,
@@ -157,30 +161,6 @@ def _load() -> str:
     if architectures == "stub":
         warnings.warn(f"{LIBRARY} is a stub: its output is zeros, never an answer", stacklevel=2)
     return architectures
-
-
-def router_logits(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    """x bf16 [M, H], weight bf16 [E, H], bias bf16 [E] -> x @ weight^T + bias, bf16 [M, E].
-
-    Up to ROUTER_MAX_TOKENS tokens in one short kernel, more by torch. Needs `load`.
-    """
-    return torch.ops.mxfp4_sm120.router_logits(x, weight, bias)
-
-
-def router_why_not(weight: Tensor, bias: Tensor | None) -> str | None:
-    """One line saying why `router_logits` isn't for this router; None where it is and agrees with float64 here."""
-    if weight.dtype != torch.bfloat16 or weight.device.type != "cuda":
-        return f"its weights are {weight.dtype} on {weight.device.type}, not bfloat16 on a GPU"
-    if weight.shape[1] % 8 or weight.shape[1] > ROUTER_MAX_HIDDEN:
-        return f"hidden size {weight.shape[1]} isn't a multiple of 8 up to {ROUTER_MAX_HIDDEN}"
-    generator = torch.Generator(weight.device).manual_seed(0)
-    for tokens in (1, 7, ROUTER_MAX_TOKENS):
-        x = torch.randn(tokens, weight.shape[1], generator=generator, device=weight.device).bfloat16()
-        expected = x.double() @ weight.double().T + (0.0 if bias is None else bias.double())
-        error = (router_logits(x, weight, bias).double() - expected).norm()
-        if not error <= Native.tolerance * expected.norm():  # NaN fails too
-            return f"wrong numbers: an error of {error:.2g} in {expected.norm():.2g}, at {tokens} tokens"
-    return None
 
 
 def covers(architectures: str, capability: tuple[int, int]) -> bool:

@@ -4,23 +4,24 @@ from __future__ import annotations
 
 from typing import Any
 
+import torch
 from torch import Tensor
 from vllm.config import get_current_vllm_config
-from vllm.logger import init_logger
 from vllm.model_executor.custom_op import op_registry_oot
 from vllm.model_executor.layers.fused_moe.router.gate_linear import GateLinear
 from vllm.model_executor.layers.linear import UnquantizedLinearMethod
 
-from vllm_mxfp4_sm120.backends import native
+from vllm_mxfp4_sm120.backends.base import Backend
 from vllm_mxfp4_sm120.plugin import NAME
-
-logger = init_logger("vllm.mxfp4_sm120")
 
 
 class RouterMethod(UnquantizedLinearMethod):
-    """`fused` says whether the native library computes the logits: where it also computes the experts behind them."""
+    """`backend` is that of the experts behind the router, where it brings a kernel for both; else None, and vLLM's
 
-    fused = False
+    linear answers.
+    """
+
+    backend: Backend | None = None
 
     def __init__(self, layers: dict[str, Any]) -> None:
         super().__init__()
@@ -29,16 +30,14 @@ class RouterMethod(UnquantizedLinearMethod):
     def process_weights_after_loading(self, layer: Any) -> None:
         super().process_weights_after_loading(layer)
         experts = self.layers.get(layer.prefix.removesuffix("router") + "experts")
-        backend = getattr(getattr(experts, "routed_experts", None), "quant_method", None)
-        if not isinstance(getattr(backend, "backend", None), native.Native):
-            return
-        reason = native.router_why_not(layer.weight, layer.bias)
-        self.fused = reason is None
-        if reason is not None:
-            logger.warning_once("mxfp4_sm120: the router stays with vLLM: %s", reason)
+        backend = getattr(getattr(getattr(experts, "routed_experts", None), "quant_method", None), "backend", None)
+        if backend is not None and backend.has_router and layer.weight.dtype == torch.bfloat16:
+            self.backend = backend
 
     def apply(self, layer: Any, x: Tensor, bias: Tensor | None = None) -> Tensor:
-        return native.router_logits(x, layer.weight, bias) if self.fused else super().apply(layer, x, bias)
+        if self.backend is None:
+            return super().apply(layer, x, bias)
+        return self.backend.router_logits(x, layer.weight, bias)
 
 
 class RouterLinear(GateLinear):
