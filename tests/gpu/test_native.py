@@ -132,6 +132,14 @@ def test_tokens_of_a_long_prompt():
     layer.check(*inputs(layer.shape, 4096))
 
 
+def test_many_tokens_in_parts(layer: Layer, monkeypatch: pytest.MonkeyPatch):
+    x, logits = inputs(layer.shape, 300)
+    ids, gates = topk_softmax(logits, layer.shape.top_k)
+    monkeypatch.setattr(native, "MOST_TOKENS", 128)
+    layer.check(x, logits)
+    assert torch.equal(layer.backend.forward(layer.prepared, x, ids, gates), layer(x, logits))
+
+
 def test_given_experts_are_those_that_logits_choose(layer: Layer):
     for tokens in TOKENS:
         x, logits = inputs(layer.shape, tokens)

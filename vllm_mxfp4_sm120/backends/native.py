@@ -30,6 +30,9 @@ MAX_TOP_K = 8
 # The longest row that the kernel for few tokens holds in registers, and that the others are tested with.
 MAX_SIZE = 7168
 
+# More are computed in parts: longer ones are no faster, and the workspace (69 KB a token of gpt-oss-20b) stays bounded.
+MOST_TOKENS = 8192
+
 # For more tokens the router is a GEMM library's business; kernels/csrc/moe.h says the same.
 ROUTER_MAX_TOKENS = 64
 
@@ -275,25 +278,28 @@ def _moe_layer(
         config = choose(_rule(x.device), x.shape[0], x.shape[0] * top_k / num_experts)
     # At least what one token needs, and for a power of two of tokens: then workspaces together are at most twice the
     # largest, however the token count grows.
-    tokens = 1 << max(x.shape[0] - 1, 0).bit_length()
+    tokens = min(1 << max(x.shape[0] - 1, 0).bit_length(), MOST_TOKENS)
     bytes_needed = _workspace_bytes(tokens, x.shape[-1], w2.shape[-2] * 32, num_experts, w2.shape[0], top_k)
-    torch.ops.mxfp4_sm120.moe(
-        x,
-        w13,
-        w2,
-        w13_bias,
-        w2_bias,
-        router_logits,
-        topk_ids,
-        topk_weights,
-        expert_map,
-        _workspace(x.device, bytes_needed),
-        num_experts,
-        top_k,
-        swiglu_oai,
-        config,
-        out,
-    )
+    workspace = _workspace(x.device, bytes_needed)
+    for begin in range(0, max(x.shape[0], 1), MOST_TOKENS):
+        part = slice(begin, begin + MOST_TOKENS)
+        torch.ops.mxfp4_sm120.moe(
+            x[part],
+            w13,
+            w2,
+            w13_bias,
+            w2_bias,
+            None if router_logits is None else router_logits[part],
+            None if topk_ids is None else topk_ids[part],
+            None if topk_weights is None else topk_weights[part],
+            expert_map,
+            workspace,
+            num_experts,
+            top_k,
+            swiglu_oai,
+            config,
+            out[part],
+        )
     return out
 
 
