@@ -36,6 +36,7 @@ Workspace carve(uint8_t* base, int M, int H, int I, int local_experts, int top_k
   w.grouped.weight = c.take<float>(slots);
   w.grouped.offsets = c.take<int>(local_experts + 1);
   w.grouped.order = c.take<int>(slots);
+  w.grouped.position = c.take<int>(slots);
   w.decode.act = w.grouped.act = c.take<uint16_t>(slots * I);
   w.decode.y = w.grouped.y = c.take<float>(slots * H);
   w.bytes = c.at;
@@ -48,7 +49,7 @@ struct Config {
   int variant;  // of grouped_gemm; -1: the decode kernel
 };
 constexpr Config CONFIGS[] = {
-    {"decode", -1}, {"tokens8", 0}, {"tokens16", 1}, {"tokens32", 2}, {"tokens64", 3},
+    {"decode", -1}, {"tokens8", 0}, {"tokens16", 1}, {"tokens32", 2}, {"tokens64", 3}, {"tokens128", 4},
 };
 constexpr int DECODE = 0, CONFIG_COUNT = sizeof(CONFIGS) / sizeof(CONFIGS[0]);
 
@@ -56,7 +57,7 @@ constexpr int DECODE = 0, CONFIG_COUNT = sizeof(CONFIGS) / sizeof(CONFIGS[0]);
 int default_config(const MoeArgs& args) {
   if (decode_layer_takes(args)) return DECODE;
   const int per_expert = args.M * args.top_k / args.num_experts;
-  return per_expert <= 5 ? 1 : per_expert <= 11 ? 2 : per_expert <= 22 ? 3 : 4;
+  return per_expert <= 5 ? 1 : per_expert <= 11 ? 2 : per_expert <= 22 ? 3 : per_expert <= 45 ? 4 : 5;
 }
 
 }  // namespace

@@ -18,9 +18,10 @@ struct GroupedWorkspace {
   int* expert;    // [M * k] local expert of each slot (token * k + j), -1 if elsewhere
   float* weight;  // [M * k]
   int* offsets;   // [local_experts + 1] where each expert's slots begin in `order`
-  int* order;     // [M * k] slots sorted by expert, stable
-  uint16_t* act;  // bf16 [M * k, I], in `order`
-  float* y;       // fp32 [M * k, H], by slot, already weighted
+  int* order;     // [M * k] tokens of the slots sorted by expert, stable
+  int* position;  // [M * k] where each slot stands in that order
+  uint16_t* act;  // bf16 [M * k, I], in that order
+  float* y;       // fp32 [M * k, H], in that order
 };
 
 struct Device {

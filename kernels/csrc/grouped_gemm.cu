@@ -9,23 +9,10 @@
 // There is no producer warp: a ninth warp would take a third of one scheduler's registers, and the accumulators need
 // them. So the copying code stands in every warp's way and is kept short: plain cp.async groups, one block barrier a
 // stage.
-#include "dispatch.h"
-#include "layer.cuh"
+#include "grouped_gemm.cuh"
 
 namespace mxfp4_sm120 {
 namespace {
-
-struct Gemm {
-  const uint8_t* weights;  // [experts, rows/32, K/32, TILE_BYTES]
-  const uint16_t* bias;    // bf16 [experts, rows] or nullptr
-  const uint16_t* in;      // bf16 [*, K]: token rows (gate-up) or activations in sorted order (down)
-  void* out;               // gate-up: bf16 [slots, rows/2] in sorted order; down: fp32 [slots, rows] by slot
-  const int* offsets;
-  const int* order;
-  const float* slot_weight;
-  int experts, rows, K, top_k;
-  bool swiglu_oai;
-};
 
 // WR 32-row tiles and NT n8 token tiles per warp; WM x WN warps; KT k-tiles per stage; STAGES deep; BLOCKS per
 // multiprocessor.
@@ -118,7 +105,7 @@ struct Loader {
     for (int i = 0; i < S::SOURCES; ++i) {
       const int chunk = threadIdx.x + i * S::THREADS, t = S::EVEN ? chunk / 4 % S::TOKENS : chunk / 4;
       const bool live = t < item.tokens;
-      const int row = !live ? 0 : GATE_UP ? p.order[item.begin + t] / p.top_k : item.begin + t;
+      const int row = !live ? 0 : GATE_UP ? p.order[item.begin + t] : item.begin + t;
       token_row[i] =
           reinterpret_cast<const uint8_t*>(p.in) + static_cast<int64_t>(row) * p.K * 2 + threadIdx.x % 4 * 16;
       token_bytes[i] = live ? 16 : (t & ~7) < item.tokens ? 0 : -1;
@@ -282,40 +269,17 @@ __global__ void __launch_bounds__(S::THREADS, S::BLOCKS) grouped_gemm(const Gemm
       RUN(S::NT);
     }
 #undef RUN
-    float4 bias[S::WR];
 #pragma unroll
     for (int r = 0; r < S::WR; ++r) {
-      bias[r] = {0.f, 0.f, 0.f, 0.f};
-      if (p.bias != nullptr && first + r < row_tiles) {
-        const uint2 v = *reinterpret_cast<const uint2*>(p.bias + static_cast<int64_t>(item.expert) * p.rows +
-                                                        (first + r) * TILE + 4 * g);
-        const float2 lo = unpack_bf16x2(v.x), hi = unpack_bf16x2(v.y);
-        bias[r] = {lo.x, lo.y, hi.x, hi.y};
-      }
-    }
+      if (first + r >= row_tiles) continue;
+      const int row = (first + r) * TILE + 4 * g;
+      const float4 bias = bias_of(p, item.expert, row);
 #pragma unroll
-    for (int n = 0; n < S::NT; ++n) {
+      for (int n = 0; n < S::NT; ++n) {
 #pragma unroll
-      for (int c = 0; c < 2; ++c) {
-        const int t = (n * S::WN + wn) * 8 + 2 * q + c;
-        if (t >= item.tokens) continue;
-        const int at = item.begin + t, slot = GATE_UP ? at : p.order[at];
-        const float weight = GATE_UP ? 1.f : p.slot_weight[slot];
-        const int64_t out = static_cast<int64_t>(slot) * (GATE_UP ? p.rows / 2 : p.rows);
-#pragma unroll
-        for (int r = 0; r < S::WR; ++r) {
-          if (first + r >= row_tiles) continue;
-          const int row = (first + r) * TILE + 4 * g;
-          const float (&lo)[4] = acc[2 * r][n], (&hi)[4] = acc[2 * r + 1][n];
-          const float4 v{lo[c] * ACCUMULATOR_SCALE + bias[r].x, lo[2 + c] * ACCUMULATOR_SCALE + bias[r].y,
-                         hi[c] * ACCUMULATOR_SCALE + bias[r].z, hi[2 + c] * ACCUMULATOR_SCALE + bias[r].w};
-          if constexpr (GATE_UP) {
-            *reinterpret_cast<uint32_t*>(static_cast<uint16_t*>(p.out) + out + row / 2) =
-                pack_bf16x2(activate(v.x, v.y, p.swiglu_oai), activate(v.z, v.w, p.swiglu_oai));
-          } else {
-            __stcs(reinterpret_cast<float4*>(static_cast<float*>(p.out) + out + row),
-                   float4{v.x * weight, v.y * weight, v.z * weight, v.w * weight});
-          }
+        for (int c = 0; c < 2; ++c) {
+          const int t = (n * S::WN + wn) * 8 + 2 * q + c;
+          if (t < item.tokens) store_rows<GATE_UP>(p, item.begin + t, row, acc[2 * r][n], acc[2 * r + 1][n], c, bias);
         }
       }
     }
@@ -355,6 +319,8 @@ Footprint grouped_layer_footprint(int variant) {
       return {Tokens32::THREADS, Tokens32::BYTES};
     case 3:
       return {Tokens64::THREADS, Tokens64::BYTES};
+    case 4:
+      return wide_gemm_footprint();
     default:
       return {0, 0};
   }
@@ -368,18 +334,20 @@ const char* grouped_layer_forward(const MoeArgs& args, const GroupedWorkspace& w
                      ws.act,
                      ws.offsets,
                      ws.order,
-                     ws.weight,
                      args.local_experts,
                      2 * args.I,
                      args.H,
-                     args.top_k,
                      args.swiglu_oai};
-  const Gemm down{args.w2,    static_cast<const uint16_t*>(args.w2_bias),
-                  ws.act,     ws.y,
-                  ws.offsets, ws.order,
-                  ws.weight,  args.local_experts,
-                  args.H,     args.I,
-                  args.top_k, args.swiglu_oai};
+  const Gemm down{args.w2,
+                  static_cast<const uint16_t*>(args.w2_bias),
+                  ws.act,
+                  ws.y,
+                  ws.offsets,
+                  ws.order,
+                  args.local_experts,
+                  args.H,
+                  args.I,
+                  args.swiglu_oai};
   switch (variant) {
     case 0:
       return both<Tokens8>(gate_up, down, device, stream);
@@ -389,6 +357,8 @@ const char* grouped_layer_forward(const MoeArgs& args, const GroupedWorkspace& w
       return both<Tokens32>(gate_up, down, device, stream);
     case 3:
       return both<Tokens64>(gate_up, down, device, stream);
+    case 4:
+      return wide_gemm_forward(gate_up, down, device, stream);
     default:
       return "grouped_layer: no such variant";
   }

@@ -84,7 +84,10 @@ __global__ void __launch_bounds__(GROUP_THREADS) group_slots(const MoeArgs args,
   block_scan(lower, first, scratch);
   int at = first + block_scan(mine, total, scratch);
   for (int s = begin; s < end; ++s)
-    if (experts[s] == e) ws.order[at++] = s;
+    if (experts[s] == e) {
+      ws.position[s] = at;
+      ws.order[at++] = s / args.top_k;
+    }
   if (threadIdx.x == 0) {
     ws.offsets[e] = first;
     if (e == args.local_experts - 1) ws.offsets[e + 1] = first + total;
@@ -92,7 +95,7 @@ __global__ void __launch_bounds__(GROUP_THREADS) group_slots(const MoeArgs args,
   let_next_kernel_start();
 }
 
-// out[token] = sum over its slots, in slot order, in fp32. One thread: 4 columns.
+// out[token] = weighted sum over its slots, in slot order, in fp32. One thread: 4 columns.
 __global__ void __launch_bounds__(256) combine_slots(const MoeArgs args, const GroupedWorkspace ws) {
   wait_for_previous_kernel();
   const int columns = args.H / 4;
@@ -105,11 +108,13 @@ __global__ void __launch_bounds__(256) combine_slots(const MoeArgs args, const G
     for (int j = 0; j < args.top_k; ++j) {
       const int64_t slot = static_cast<int64_t>(token) * args.top_k + j;
       if (ws.expert[slot] < 0) continue;
-      const float4 v = __ldcs(reinterpret_cast<const float4*>(ws.y + slot * args.H + column));
-      sum.x += v.x;
-      sum.y += v.y;
-      sum.z += v.z;
-      sum.w += v.w;
+      const float weight = ws.weight[slot];
+      const float4 v =
+          __ldcs(reinterpret_cast<const float4*>(ws.y + static_cast<int64_t>(ws.position[slot]) * args.H + column));
+      sum.x += v.x * weight;
+      sum.y += v.y * weight;
+      sum.z += v.z * weight;
+      sum.w += v.w * weight;
     }
     *reinterpret_cast<uint2*>(static_cast<uint16_t*>(args.out) + static_cast<int64_t>(token) * args.H + column) = {
         pack_bf16x2(sum.x, sum.y), pack_bf16x2(sum.z, sum.w)};

@@ -47,11 +47,10 @@ __device__ __forceinline__ AFragments decode_half_tile(const PackedTile& t, int 
   decode_word(m == 0 ? t.codes.x : t.codes.z, a.lo);
   decode_word(m == 0 ? t.codes.y : t.codes.w, a.hi);
   const uint32_t scales = scales_of_rows(t.scales, m);
-  const uint32_t s_lo = __byte_perm(scales, 0, 0x1010), s_hi = __byte_perm(scales, 0, 0x3232);
 #pragma unroll
   for (int p = 0; p < 4; ++p) {
-    a.lo[p] = mul_bf16x2(a.lo[p], s_lo);
-    a.hi[p] = mul_bf16x2(a.hi[p], s_hi);
+    a.lo[p] = mul_bf16x2_by_lo(a.lo[p], scales);
+    a.hi[p] = mul_bf16x2_by_hi(a.hi[p], scales);
   }
   return a;
 }
@@ -66,15 +65,20 @@ __device__ __forceinline__ float max_nan(float a, float b) {
   asm("max.NaN.f32 %0, %1, %2;" : "=f"(d) : "f"(a), "f"(b));
   return d;
 }
+__device__ __forceinline__ float sigmoid(float x) {  // good to some 2^-21; 0 where exp(-x) is infinite
+  float d;
+  asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(d) : "f"(-1.4426950408889634f * x));
+  asm("rcp.approx.ftz.f32 %0, %1;" : "=f"(d) : "f"(1.f + d));
+  return d;
+}
 // GPT-OSS: min(gate, 7) * sigmoid(1.702 gate) * (clamp(up, -7, 7) + 1); otherwise silu(gate) * up. NaN stays NaN.
-// __fdividef is good to 2 ulp and gives 0 for the huge denominators of very negative gates.
 __device__ __forceinline__ float activate(float gate, float up, bool swiglu_oai) {
   if (swiglu_oai) {
     gate = min_nan(gate, 7.f);
     up = max_nan(min_nan(up, 7.f), -7.f);
-    return __fdividef(gate, 1.f + __expf(-1.702f * gate)) * (up + 1.f);
+    return gate * sigmoid(1.702f * gate) * (up + 1.f);
   }
-  return __fdividef(gate, 1.f + __expf(-gate)) * up;
+  return gate * sigmoid(gate) * up;
 }
 
 __device__ __forceinline__ float2 unpack_bf16x2(uint32_t v) {

@@ -120,10 +120,20 @@ __device__ __forceinline__ void mma_bf16(float (&d)[4], uint32_t a0, uint32_t a1
       : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])
       : "r"(a0), "r"(a1), "r"(a2), "r"(a3), "r"(b0), "r"(b1));
 }
-// Packed bf16 product: fma with -0, the form that sm_80 has too.
-__device__ __forceinline__ uint32_t mul_bf16x2(uint32_t a, uint32_t b) {
+// Packed bf16 product of a with the low or the high half of s: the instruction takes either, so none is spent on
+// doubling it. As fma with -0, the form that sm_80 has too.
+__device__ __forceinline__ uint32_t mul_bf16x2_by_lo(uint32_t a, uint32_t s) {
   uint32_t d;
-  asm("fma.rn.bf16x2 %0, %1, %2, %3;" : "=r"(d) : "r"(a), "r"(b), "r"(0x80008000u));
+  asm("{ .reg .b16 l, h; .reg .b32 ll; mov.b32 {l, h}, %2; mov.b32 ll, {l, l}; fma.rn.bf16x2 %0, %1, ll, %3; }"
+      : "=r"(d)
+      : "r"(a), "r"(s), "r"(0x80008000u));
+  return d;
+}
+__device__ __forceinline__ uint32_t mul_bf16x2_by_hi(uint32_t a, uint32_t s) {
+  uint32_t d;
+  asm("{ .reg .b16 l, h; .reg .b32 hh; mov.b32 {l, h}, %2; mov.b32 hh, {h, h}; fma.rn.bf16x2 %0, %1, hh, %3; }"
+      : "=r"(d)
+      : "r"(a), "r"(s), "r"(0x80008000u));
   return d;
 }
 
