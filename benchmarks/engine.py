@@ -21,10 +21,11 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections import deque
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
+
+from vllm_mxfp4_sm120.cli.serve import first_error
 
 # vLLM's own words: GiB that the weights take, and seconds; tokens for which the KV cache has room; kernels that were
 # compiled after its start.
@@ -259,9 +260,7 @@ def main() -> None:
         try:
             measured = in_a_process(task, log)
         except subprocess.CalledProcessError as error:
-            print(f"{choice}: not measured, exit status {error.returncode}; the end of {log}:", flush=True)
-            with log.open() as words:
-                print("".join(deque(words, 60)), flush=True)
+            print(f"{choice}: not measured, exit status {error.returncode}: {first_error(log)}; see {log}", flush=True)
             continue
         print(f"{choice}: measured in {time.perf_counter() - begun:.0f} s, log in {log}", flush=True)
         answers[choice] = measured["answers"]

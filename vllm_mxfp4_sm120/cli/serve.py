@@ -100,9 +100,8 @@ class Server:
         """Seconds from start until /health answers. Raises RuntimeError with the log's end if the server dies."""
         while time.monotonic() - self.started < timeout:
             if self.process.poll() is not None:
-                raise RuntimeError(
-                    f"vllm serve ended with exit status {self.process.returncode}: {self.first_error()}; see {self.log}"
-                )
+                status, why = self.process.returncode, first_error(self.log)
+                raise RuntimeError(f"vllm serve ended with exit status {status}: {why}; see {self.log}")
             try:
                 with urllib.request.urlopen(f"{self.url}/health", timeout=5):
                     return time.monotonic() - self.started
@@ -125,14 +124,15 @@ class Server:
         found = ANSWERED_BY.search(self.log.read_text(errors="replace"))
         return found and found.group(1)
 
-    def first_error(self) -> str:
-        """The line of the log that says what went wrong; later ones only say that something did."""
-        text = self.log.read_text(errors="replace")
-        # Errors of configuration come inside pydantic's, those of worker processes behind the logger's prefix.
-        found = re.search(r"Value error, (.*?)(?: \[type=|$)", text, re.M) or re.search(
-            r"(?:^|\] )((?:\w+\.)*\w+Error: .*)$", text, re.M
-        )
-        return found.group(1) if found else (text.strip().splitlines() or ["it said nothing"])[-1]
+
+def first_error(log: Path) -> str:
+    """The line of vLLM's log that says what went wrong; later ones only say that something did."""
+    text = log.read_text(errors="replace")
+    # Errors of configuration come inside pydantic's, those of worker processes behind the logger's prefix.
+    found = re.search(r"Value error, (.*?)(?: \[type=|$)", text, re.M) or re.search(
+        r"(?:^|\] )((?:\w+\.)*\w+Error: .*)$", text, re.M
+    )
+    return found.group(1) if found else (text.strip().splitlines() or ["it said nothing"])[-1]
 
 
 def free_port() -> int:
