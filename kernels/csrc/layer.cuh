@@ -55,21 +55,8 @@ __device__ __forceinline__ AFragments decode_half_tile(const PackedTile& t, int 
   return a;
 }
 
-__device__ __forceinline__ float min_nan(float a, float b) {
-  float d;
-  asm("min.NaN.f32 %0, %1, %2;" : "=f"(d) : "f"(a), "f"(b));
-  return d;
-}
-__device__ __forceinline__ float max_nan(float a, float b) {
-  float d;
-  asm("max.NaN.f32 %0, %1, %2;" : "=f"(d) : "f"(a), "f"(b));
-  return d;
-}
 __device__ __forceinline__ float sigmoid(float x) {  // good to some 2^-21; 0 where exp(-x) is infinite
-  float d;
-  asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(d) : "f"(-1.4426950408889634f * x));
-  asm("rcp.approx.ftz.f32 %0, %1;" : "=f"(d) : "f"(1.f + d));
-  return d;
+  return approximate_reciprocal(1.f + approximate_exp2(-1.4426950408889634f * x));
 }
 // GPT-OSS: min(gate, 7) * sigmoid(1.702 gate) * (clamp(up, -7, 7) + 1); otherwise silu(gate) * up. NaN stays NaN.
 __device__ __forceinline__ float activate(float gate, float up, bool swiglu_oai) {

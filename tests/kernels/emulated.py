@@ -1,0 +1,122 @@
+"""The kernels on a CPU: kernels/csrc compiled as C++ against emulator/, and the layer that it computes."""
+
+from __future__ import annotations
+
+import ctypes
+import re
+import shutil
+import subprocess
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from vllm_mxfp4_sm120.backends.native_layout import tile_experts
+from vllm_mxfp4_sm120.moe import Activation, MoEShape, MoEWeights
+
+EMULATOR = Path(__file__).with_name("emulator")
+CSRC = Path(__file__).parents[2] / "kernels" / "csrc"
+KERNELS = ("decode_layer", "dispatch", "grouped_gemm", "grouping", "router", "wide_gemm")
+
+
+def build(directory: Path, csrc: Path = CSRC) -> ctypes.CDLL:
+    """Compile the kernels for the emulator, in `directory`."""
+    for path in (*csrc.glob("*.h"), *csrc.glob("*.cuh"), *(csrc / f"{name}.cu" for name in KERNELS)):
+        # A block's dynamic shared memory is its own, also where several blocks run together.
+        text = re.sub(
+            r"extern __shared__ __align__\(128\) uint8_t (\w+)\[\];",
+            r"uint8_t* const \1 = emu::shared_memory();",
+            path.read_text(),
+        )
+        (directory / path.name).write_text(text)
+    for path in EMULATOR.iterdir():  # its ptx.cuh in place of the kernels'
+        shutil.copy(path, directory)
+    compilers = []
+    for source in (*(f"{name}.cu" for name in KERNELS), "entry.cpp"):
+        command = ["g++", "-std=c++17", "-O2", "-fPIC", "-w", "-I.", "-x", "c++", "-c", source, "-o", f"{source}.o"]
+        compilers.append(subprocess.Popen(command, cwd=directory, stderr=subprocess.PIPE, text=True))
+    for compiler in compilers:
+        _, errors = compiler.communicate()
+        assert compiler.returncode == 0, errors
+    library = directory / "emulated.so"
+    subprocess.run(["g++", "-shared", "-o", library, *directory.glob("*.o")], check=True)
+    return ctypes.CDLL(str(library))
+
+
+class MoeArgs(ctypes.Structure):
+    """MoeArgs of moe.h."""
+
+    _fields_ = (
+        *((name, ctypes.c_void_p) for name in ("x", "w13", "w2", "w13_bias", "w2_bias", "router_logits")),
+        ("logits_fp32", ctypes.c_bool),
+        *((name, ctypes.c_void_p) for name in ("topk_ids", "topk_weights", "expert_map", "out", "workspace")),
+        *((name, ctypes.c_int) for name in ("M", "H", "I", "num_experts", "local_experts", "top_k")),
+        ("swiglu_oai", ctypes.c_bool),
+    )
+
+
+class RouterArgs(ctypes.Structure):
+    """RouterArgs of moe.h."""
+
+    _fields_ = (
+        *((name, ctypes.c_void_p) for name in ("x", "weight", "bias", "out")),
+        *((name, ctypes.c_int) for name in ("M", "H", "experts")),
+    )
+
+
+def pointer(tensor: Tensor | None) -> int | None:
+    return None if tensor is None else tensor.data_ptr()
+
+
+def aligned(tensor: Tensor) -> Tensor:
+    """A copy at a multiple of 256, as a GPU's allocator gives it."""
+    room = torch.empty(tensor.nbytes + 256, dtype=torch.uint8)
+    start = -room.data_ptr() % 256
+    copy = room[start : start + tensor.nbytes].view(tensor.dtype).view(tensor.shape)
+    return copy.copy_(tensor)
+
+
+class Emulated:
+    """A layer's weights, and the library that computes with them."""
+
+    def __init__(self, library: ctypes.CDLL, shape: MoEShape, weights: MoEWeights) -> None:
+        self.library, self.shape = library, shape
+        library.moe.restype = library.router.restype = ctypes.c_char_p
+        library.moe_workspace_bytes.restype = ctypes.c_int64
+        self.w13 = aligned(tile_experts(weights.w13.clone(), weights.w13_scale.clone(), "w13"))
+        self.w2 = aligned(tile_experts(weights.w2.clone(), weights.w2_scale.clone(), "w2"))
+        self.biases = [None if bias is None else aligned(bias) for bias in (weights.w13_bias, weights.w2_bias)]
+        self.counters = torch.zeros(0, dtype=torch.uint8)
+
+    def __call__(self, x: Tensor, logits: Tensor, config: int = -1, expert_map: Tensor | None = None) -> Tensor:
+        shape = self.shape
+        sizes = (x.shape[0], shape.hidden_size, shape.intermediate_size)
+        experts = (shape.num_experts, shape.local_experts, shape.top_k)
+        workspace = aligned(torch.full((self.library.moe_workspace_bytes(*sizes, *experts),), 0xFF, dtype=torch.uint8))
+        workspace[: 64 * 1024] = 0  # the counters
+        x, logits, out = aligned(x), aligned(logits), aligned(torch.full_like(x, torch.nan))
+        tensors = (x, self.w13, self.w2, *self.biases, logits)
+        args = MoeArgs(
+            *map(pointer, tensors),
+            logits.dtype == torch.float32,
+            None,
+            None,
+            *map(pointer, (expert_map, out, workspace)),
+            *sizes,
+            *experts,
+            shape.activation is Activation.SWIGLU_OAI,
+        )
+        error = self.library.moe(ctypes.byref(args), config)
+        assert error is None, error
+        assert not workspace[: 64 * 1024].any(), "counters are not left as they were found"
+        return out
+
+
+def router(library: ctypes.CDLL, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    x, weight = aligned(x), aligned(weight)
+    out = torch.full((x.shape[0], weight.shape[0]), torch.nan, dtype=torch.bfloat16)
+    library.router.restype = ctypes.c_char_p
+    args = RouterArgs(*map(pointer, (x, weight, bias, out)), x.shape[0], x.shape[1], weight.shape[0])
+    error = library.router(ctypes.byref(args))
+    assert error is None, error
+    return out

@@ -1,0 +1,314 @@
+// Runs CUDA kernels on a CPU, slowly and strictly, for tests: the same source, compiled as C++ with these headers in
+// place of CUDA's.
+//
+// Every thread of a block is a fiber. A fiber runs until it must wait: for its warp (shuffles, votes, mma), for its
+// block (barriers), or for memory that another writes. Warps are taken in a random order each round, so that what isn't
+// ordered by a barrier happens in any order. Asynchronous copies happen as late as they may (when they are waited for)
+// or at once, by choice: the first shows a wait or barrier too few before reading, the second before refilling.
+#pragma once
+#include <ucontext.h>
+
+#include <algorithm>
+#include <cmath>
+#include <cstdint>
+#include <cstdio>
+#include <cstdlib>
+#include <cstring>
+#include <functional>
+#include <memory>
+#include <numeric>
+#include <random>
+#include <vector>
+
+#define __device__
+#define __host__
+#define __global__
+#define __forceinline__ inline
+#define __launch_bounds__(...)
+#define __align__(n) alignas(n)
+#define __shared__ static  // kernels with static shared memory run a block at a time
+
+struct dim3 {
+  unsigned x = 1, y = 1, z = 1;
+  dim3(unsigned x = 1, unsigned y = 1, unsigned z = 1) : x(x), y(y), z(z) {}
+};
+struct alignas(8) uint2 { uint32_t x, y; };
+struct alignas(16) uint4 { uint32_t x, y, z, w; };
+struct alignas(8) float2 { float x, y; };
+struct alignas(16) float4 { float x, y, z, w; };
+
+inline dim3 gridDim, blockDim;
+
+namespace emu {
+
+// ---- settings, by the test ----
+inline int multiprocessors = 4;
+inline bool late_copies = true;
+inline std::mt19937 random{0};
+
+[[noreturn]] inline void fail(const char* what) {
+  std::fprintf(stderr, "emulator: %s\n", what);
+  std::abort();
+}
+
+struct Copy {
+  void* to;
+  const void* from;
+  int bytes, zeros;
+  void run() const {
+    std::memcpy(to, from, bytes);
+    std::memset(static_cast<uint8_t*>(to) + bytes, 0, zeros);
+  }
+};
+
+struct Warp {
+  const void* kind = nullptr;  // of the collective under way: all lanes must be in the same
+  int arrived = 0;
+  unsigned done = 0;
+  void* lane[32];
+};
+
+struct Barrier {
+  int arrived = 0;
+  unsigned done = 0;
+};
+
+struct Block {
+  dim3 index;
+  std::vector<uint8_t> shared;
+  std::vector<Warp> warps;
+  Barrier barriers[16];
+};
+
+struct Fiber {
+  ucontext_t context;
+  std::unique_ptr<uint8_t[]> stack;
+  Block* block;
+  dim3 thread;
+  bool finished = false;
+  std::vector<std::vector<Copy>> groups{1};  // of asynchronous copies, the last still open
+};
+
+inline ucontext_t scheduler;
+inline Fiber* now = nullptr;
+inline std::function<void()> kernel;
+inline bool progress = false;  // has anything happened since the scheduler last looked?
+
+inline void yield() { swapcontext(&now->context, &scheduler); }
+inline uint8_t* shared_memory() { return now->block->shared.data(); }
+inline int lane() { return now->thread.x % 32; }
+
+// All 32 lanes hand in `mine`; the last to come works on all of them.
+template <typename T, typename Work>
+void together(T& mine, Work work) {
+  static const char kind = 0;  // one for each Work
+  Warp& warp = now->block->warps[now->thread.x / 32];
+  if (warp.arrived == 0) warp.kind = &kind;
+  if (warp.kind != &kind) fail("lanes of a warp are in different collectives");
+  warp.lane[lane()] = &mine;
+  progress = true;
+  const unsigned done = warp.done;
+  if (++warp.arrived == 32) {
+    T* all[32];
+    for (int i = 0; i < 32; ++i)
+      all[i] = static_cast<T*>(warp.lane[i]);
+    work(all);
+    warp.arrived = 0;
+    ++warp.done;
+  } else {
+    while (warp.done == done)
+      yield();
+  }
+}
+
+inline void arrive(int id, int threads, bool wait) {
+  Barrier& barrier = now->block->barriers[id];
+  const unsigned done = barrier.done;
+  progress = true;
+  if (++barrier.arrived == threads) {
+    barrier.arrived = 0;
+    ++barrier.done;
+  } else if (wait) {
+    while (barrier.done == done)
+      yield();
+  }
+}
+
+inline void start_copy(uint32_t to, const void* from, int bytes, int zeros) {
+  if (to % 16 != 0 || reinterpret_cast<uintptr_t>(from) % 16 != 0) fail("a copy isn't aligned");
+  if (to + bytes + zeros > now->block->shared.size()) fail("a copy leaves shared memory");
+  const Copy copy{shared_memory() + to, from, bytes, zeros};
+  if (late_copies)
+    now->groups.back().push_back(copy);
+  else
+    copy.run();
+}
+inline void wait_for_copies(int pending) {
+  auto& groups = now->groups;
+  while (static_cast<int>(groups.size()) - 1 > pending) {
+    for (const Copy& copy : groups.front())
+      copy.run();
+    groups.erase(groups.begin());
+  }
+}
+template <typename T>
+T load_shared(uint32_t at) {
+  if (at % sizeof(T) != 0 || at + sizeof(T) > now->block->shared.size()) fail("a load leaves shared memory");
+  T v;
+  std::memcpy(&v, shared_memory() + at, sizeof(T));
+  return v;
+}
+
+inline void run_fiber() {
+  kernel();
+  now->finished = true;
+  progress = true;
+  yield();
+}
+
+// Blocks one after the other, or all of them together where they wait for each other.
+inline void launch(dim3 blocks, dim3 threads, size_t shared_bytes, bool cooperative, std::function<void()> body) {
+  constexpr size_t STACK = 256 * 1024;
+  gridDim = blocks, blockDim = threads, kernel = std::move(body);
+  const unsigned count = blocks.x * blocks.y, at_once = cooperative ? count : 1, warps = threads.x / 32;
+  for (unsigned first = 0; first < count; first += at_once) {
+    std::vector<Block> resident(at_once);
+    std::vector<Fiber> fibers(at_once * threads.x);
+    for (unsigned b = 0; b < at_once; ++b) {
+      resident[b].index = dim3((first + b) % blocks.x, (first + b) / blocks.x);
+      resident[b].shared.assign(shared_bytes, 0xff);  // NaNs
+      resident[b].warps.resize(warps);
+      for (unsigned t = 0; t < threads.x; ++t) {
+        Fiber& fiber = fibers[b * threads.x + t];
+        fiber.block = &resident[b];
+        fiber.thread = dim3(t);
+        fiber.stack.reset(new uint8_t[STACK]);
+        getcontext(&fiber.context);
+        fiber.context.uc_stack.ss_sp = fiber.stack.get();
+        fiber.context.uc_stack.ss_size = STACK;
+        fiber.context.uc_link = nullptr;
+        makecontext(&fiber.context, run_fiber, 0);
+      }
+    }
+    std::vector<unsigned> order(at_once * warps);
+    std::iota(order.begin(), order.end(), 0);
+    for (int idle = 0;;) {
+      std::shuffle(order.begin(), order.end(), random);
+      bool left = false;
+      progress = false;
+      for (unsigned warp : order)
+        for (unsigned i = 0; i < 32; ++i) {
+          Fiber& fiber = fibers[warp * 32 + i];
+          if (fiber.finished) continue;
+          left = true;
+          now = &fiber;
+          swapcontext(&scheduler, &fiber.context);
+        }
+      if (!left) break;
+      if (!progress && ++idle == 1000) fail("everyone waits for someone else");
+      if (progress) idle = 0;
+    }
+  }
+}
+
+}  // namespace emu
+
+#define threadIdx (emu::now->thread)
+#define blockIdx (emu::now->block->index)
+
+// ---- CUDA's functions that the kernels use ----
+inline void __syncthreads() { emu::arrive(0, blockDim.x, true); }
+inline void __syncwarp() {
+  int nothing = 0;
+  emu::together(nothing, [](int**) {});
+}
+
+namespace emu {
+template <typename T>
+struct Exchange {
+  T value;
+  int from;
+  T got;
+};
+template <typename T>
+T exchange(T value, int from) {
+  Exchange<T> mine{value, from, value};
+  together(mine, [](Exchange<T>** all) {
+    for (int i = 0; i < 32; ++i)
+      all[i]->got = all[all[i]->from & 31]->value;
+  });
+  return mine.got;
+}
+template <typename T, typename Join>
+T reduced(T value, Join join) {
+  struct Mine {
+    T value, result;
+  } mine{value, value};
+  together(mine, [join](Mine** all) {
+    T sum = all[0]->value;
+    for (int i = 1; i < 32; ++i)
+      sum = join(sum, all[i]->value);
+    for (int i = 0; i < 32; ++i)
+      all[i]->result = sum;
+  });
+  return mine.result;
+}
+}  // namespace emu
+
+template <typename T>
+T __shfl_sync(unsigned, T v, int from) { return emu::exchange(v, from); }
+template <typename T>
+T __shfl_up_sync(unsigned, T v, int by) { return emu::exchange(v, emu::lane() < by ? emu::lane() : emu::lane() - by); }
+template <typename T>
+T __shfl_xor_sync(unsigned, T v, int mask) { return emu::exchange(v, emu::lane() ^ mask); }
+inline unsigned __ballot_sync(unsigned, bool v) {
+  return emu::reduced(v ? 1u << emu::lane() : 0u, [](unsigned a, unsigned b) { return a | b; });
+}
+inline bool __any_sync(unsigned mask, bool v) { return __ballot_sync(mask, v) != 0; }
+inline bool __all_sync(unsigned mask, bool v) { return __ballot_sync(mask, v) == ~0u; }
+template <typename T>
+T __reduce_max_sync(unsigned, T v) { return emu::reduced(v, [](T a, T b) { return a > b ? a : b; }); }
+template <typename T>
+T __reduce_min_sync(unsigned, T v) { return emu::reduced(v, [](T a, T b) { return a < b ? a : b; }); }
+
+template <typename T>
+T atomicAdd(T* p, T v) { return (*p += v) - v; }
+template <typename T>
+T atomicOr(T* p, T v) {
+  const T old = *p;
+  *p |= v;
+  return old;
+}
+inline int __popc(unsigned v) { return __builtin_popcount(v); }
+inline int __ffs(int v) { return __builtin_ffs(v); }
+inline uint32_t __byte_perm(uint32_t a, uint32_t b, uint32_t selector) {
+  const uint64_t bytes = static_cast<uint64_t>(b) << 32 | a;
+  uint32_t out = 0;
+  for (int i = 0; i < 4; ++i)
+    out |= static_cast<uint32_t>(bytes >> (selector >> 4 * i & 7) * 8 & 0xff) << 8 * i;
+  return out;
+}
+inline uint32_t __float_as_uint(float v) {
+  uint32_t u;
+  std::memcpy(&u, &v, 4);
+  return u;
+}
+inline float __uint_as_float(uint32_t u) {
+  float v;
+  std::memcpy(&v, &u, 4);
+  return v;
+}
+inline float __expf(float v) { return std::exp(v); }
+template <typename T>
+T __ldcg(const T* p) { return *p; }
+template <typename T>
+T __ldcs(const T* p) { return *p; }
+template <typename T>
+void __stcs(T* p, T v) { *p = v; }
+template <typename T>
+void __stcg(T* p, T v) { *p = v; }
+using std::isnan;
+template <typename T>
+T min(T a, T b) { return b < a ? b : a; }
+template <typename T>
+T max(T a, T b) { return a < b ? b : a; }

@@ -1,0 +1,17 @@
+// What the tests call: settings, a layer, a router.
+#include "moe.h"
+
+using namespace mxfp4_sm120;
+
+extern "C" {
+void emulate(int multiprocessors, bool late_copies, unsigned seed) {
+  emu::multiprocessors = multiprocessors;
+  emu::late_copies = late_copies;
+  emu::random.seed(seed);
+}
+int64_t moe_workspace_bytes(int M, int H, int I, int num_experts, int local_experts, int top_k) {
+  return workspace_bytes(M, H, I, num_experts, local_experts, top_k);
+}
+const char* moe(const MoeArgs* args, int config) { return moe_forward(*args, config, nullptr); }
+const char* router(const RouterArgs* args) { return router_forward(*args, nullptr); }
+}

@@ -1,0 +1,89 @@
+// kernels/csrc/ptx.cuh, emulated: the same functions by the PTX manual's words.
+#pragma once
+#include "cuda_bf16.h"
+
+namespace mxfp4_sm120 {
+
+inline uint32_t smem_addr(const void* p) {
+  return static_cast<uint32_t>(static_cast<const uint8_t*>(p) - emu::shared_memory());
+}
+
+inline void barrier_arrive(int id, int threads) { emu::arrive(id, threads, false); }
+inline void barrier_wait(int id, int threads) { emu::arrive(id, threads, true); }
+
+inline void cp_async16(uint32_t dst, const void* src) { emu::start_copy(dst, src, 16, 0); }
+inline void cp_async16(uint32_t dst, const void* src, int bytes) { emu::start_copy(dst, src, bytes, 16 - bytes); }
+inline void cp_async_commit() { emu::now->groups.emplace_back(); }
+template <int PENDING>
+void cp_async_wait() {
+  emu::wait_for_copies(PENDING);
+}
+
+// Of sm_90 and newer, which the kernels only use there.
+inline void mbar_init(uint32_t, int) {}
+inline void mbar_arrive(uint32_t) { emu::fail("an mbarrier on sm_80's road"); }
+inline void mbar_wait(uint32_t, uint32_t) { emu::fail("an mbarrier on sm_80's road"); }
+inline void mbar_init_fence() {}
+inline uint64_t evict_first() { return 0; }
+inline void wait_for_previous_kernel() {}
+inline void let_next_kernel_start() {}
+
+inline uint4 lds128(uint32_t a) { return emu::load_shared<uint4>(a); }
+inline uint32_t lds32(uint32_t a) { return emu::load_shared<uint32_t>(a); }
+inline int load_acquire(const int* p) {
+  emu::yield();
+  return *p;
+}
+inline void add_release(int* p, int v) {
+  *p += v;
+  emu::progress = true;
+}
+inline int add_acq_rel(int* p, int v) {
+  emu::progress = true;
+  return (*p += v) - v;
+}
+
+// std::fmin would drop a NaN.
+inline float min_nan(float a, float b) { return std::isnan(a) || std::isnan(b) ? NAN : a < b ? a : b; }
+inline float max_nan(float a, float b) { return std::isnan(a) || std::isnan(b) ? NAN : a > b ? a : b; }
+inline float approximate_exp2(float x) { return std::exp2(x); }
+inline float approximate_reciprocal(float x) { return 1.f / x; }
+
+inline float half_of(uint32_t pair, int half) { return __uint_as_float(half == 0 ? pair << 16 : pair & 0xffff0000u); }
+
+// PTX ISA, "Matrix Fragments for mma.m16n8k16 with floating point type": lane 4g + q.
+inline void mma_bf16(float (&d)[4], uint32_t a0, uint32_t a1, uint32_t a2, uint32_t a3, uint32_t b0, uint32_t b1) {
+  struct Operands {
+    float* d;
+    uint32_t a[4], b[2];
+  } mine{d, {a0, a1, a2, a3}, {b0, b1}};
+  emu::together(mine, [](Operands** all) {
+    float a[16][16], b[16][8];
+    for (int l = 0; l < 32; ++l) {
+      const int g = l >> 2, q = l & 3;
+      for (int h = 0; h < 2; ++h) {
+        for (int r = 0; r < 4; ++r)
+          a[g + 8 * (r % 2)][2 * q + h + 8 * (r / 2)] = half_of(all[l]->a[r], h);
+        for (int r = 0; r < 2; ++r)
+          b[2 * q + h + 8 * r][g] = half_of(all[l]->b[r], h);
+      }
+    }
+    for (int l = 0; l < 32; ++l)
+      for (int c = 0; c < 4; ++c) {
+        const int row = (l >> 2) + 8 * (c / 2), column = 2 * (l & 3) + c % 2;
+        double sum = all[l]->d[c];
+        for (int k = 0; k < 16; ++k)
+          sum += static_cast<double>(a[row][k]) * b[k][column];
+        all[l]->d[c] = static_cast<float>(sum);
+      }
+  });
+}
+
+inline uint32_t mul_bf16x2(uint32_t a, float lo, float hi) {
+  return __float2bfloat16_rn(half_of(a, 0) * lo).bits |
+         static_cast<uint32_t>(__float2bfloat16_rn(half_of(a, 1) * hi).bits) << 16;
+}
+inline uint32_t mul_bf16x2_by_lo(uint32_t a, uint32_t s) { return mul_bf16x2(a, half_of(s, 0), half_of(s, 0)); }
+inline uint32_t mul_bf16x2_by_hi(uint32_t a, uint32_t s) { return mul_bf16x2(a, half_of(s, 1), half_of(s, 1)); }
+
+}  // namespace mxfp4_sm120
