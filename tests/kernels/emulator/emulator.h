@@ -32,10 +32,18 @@ struct dim3 {
   unsigned x = 1, y = 1, z = 1;
   dim3(unsigned x = 1, unsigned y = 1, unsigned z = 1) : x(x), y(y), z(z) {}
 };
-struct alignas(8) uint2 { uint32_t x, y; };
-struct alignas(16) uint4 { uint32_t x, y, z, w; };
-struct alignas(8) float2 { float x, y; };
-struct alignas(16) float4 { float x, y, z, w; };
+struct alignas(8) uint2 {
+  uint32_t x, y;
+};
+struct alignas(16) uint4 {
+  uint32_t x, y, z, w;
+};
+struct alignas(8) float2 {
+  float x, y;
+};
+struct alignas(16) float4 {
+  float x, y, z, w;
+};
 
 inline dim3 gridDim, blockDim;
 
@@ -256,23 +264,35 @@ T reduced(T value, Join join) {
 }  // namespace emu
 
 template <typename T>
-T __shfl_sync(unsigned, T v, int from) { return emu::exchange(v, from); }
+T __shfl_sync(unsigned, T v, int from) {
+  return emu::exchange(v, from);
+}
 template <typename T>
-T __shfl_up_sync(unsigned, T v, int by) { return emu::exchange(v, emu::lane() < by ? emu::lane() : emu::lane() - by); }
+T __shfl_up_sync(unsigned, T v, int by) {
+  return emu::exchange(v, emu::lane() < by ? emu::lane() : emu::lane() - by);
+}
 template <typename T>
-T __shfl_xor_sync(unsigned, T v, int mask) { return emu::exchange(v, emu::lane() ^ mask); }
+T __shfl_xor_sync(unsigned, T v, int mask) {
+  return emu::exchange(v, emu::lane() ^ mask);
+}
 inline unsigned __ballot_sync(unsigned, bool v) {
   return emu::reduced(v ? 1u << emu::lane() : 0u, [](unsigned a, unsigned b) { return a | b; });
 }
 inline bool __any_sync(unsigned mask, bool v) { return __ballot_sync(mask, v) != 0; }
 inline bool __all_sync(unsigned mask, bool v) { return __ballot_sync(mask, v) == ~0u; }
 template <typename T>
-T __reduce_max_sync(unsigned, T v) { return emu::reduced(v, [](T a, T b) { return a > b ? a : b; }); }
+T __reduce_max_sync(unsigned, T v) {
+  return emu::reduced(v, [](T a, T b) { return a > b ? a : b; });
+}
 template <typename T>
-T __reduce_min_sync(unsigned, T v) { return emu::reduced(v, [](T a, T b) { return a < b ? a : b; }); }
+T __reduce_min_sync(unsigned, T v) {
+  return emu::reduced(v, [](T a, T b) { return a < b ? a : b; });
+}
 
 template <typename T>
-T atomicAdd(T* p, T v) { return (*p += v) - v; }
+T atomicAdd(T* p, T v) {
+  return (*p += v) - v;
+}
 template <typename T>
 T atomicOr(T* p, T v) {
   const T old = *p;
@@ -300,15 +320,27 @@ inline float __uint_as_float(uint32_t u) {
 }
 inline float __expf(float v) { return std::exp(v); }
 template <typename T>
-T __ldcg(const T* p) { return *p; }
+T __ldcg(const T* p) {
+  return *p;
+}
 template <typename T>
-T __ldcs(const T* p) { return *p; }
+T __ldcs(const T* p) {
+  return *p;
+}
 template <typename T>
-void __stcs(T* p, T v) { *p = v; }
+void __stcs(T* p, T v) {
+  *p = v;
+}
 template <typename T>
-void __stcg(T* p, T v) { *p = v; }
+void __stcg(T* p, T v) {
+  *p = v;
+}
 using std::isnan;
 template <typename T>
-T min(T a, T b) { return b < a ? b : a; }
+T min(T a, T b) {
+  return b < a ? b : a;
+}
 template <typename T>
-T max(T a, T b) { return a < b ? b : a; }
+T max(T a, T b) {
+  return a < b ? b : a;
+}
