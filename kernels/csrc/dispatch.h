@@ -4,12 +4,12 @@
 
 namespace mxfp4_sm120 {
 
-constexpr int DECODE_MAX_TOKENS = 16;  // measured up to here; its tables would hold 32
+constexpr int DECODE_MAX_TOKENS = 16;  // two n8 column tiles
 
 // Counters are zero between calls.
 struct DecodeWorkspace {
-  int* ready;     // [256] gate-up items finished, of each group of tokens
-  int* done;      // [2] reducer warps that have arrived at the grid barrier; blocks that have left it
+  int* ready;     // [256] gate-up items finished, per active expert
+  int* done;      // [2] blocks that have arrived at the grid barrier, and left it
   uint16_t* act;  // bf16 [M * k, I]
   float* y;       // fp32 [M * k, H], already weighted
 };

@@ -29,7 +29,7 @@ pytestmark = pytest.mark.skipif(why_not() is not None, reason=str(why_not()))
 # Against a reference that rounds the activation between the GEMMs to BF16 as the kernels do; the output's own rounding
 # makes 1.65e-3. (Against one that rounds nothing the two roundings make 2.33e-3.)
 TOLERANCE = 2.0e-3
-# Around every change of kernel: one and two groups of 8 tokens, tiles of 8 to 64 tokens an expert.
+# Around every change of kernel: one and two n8 tiles of tokens, tiles of 8 to 64 tokens an expert.
 TOKENS = (1, 2, 3, 8, 9, 16, 17, 33, 64, 150, 513)
 
 
@@ -159,7 +159,7 @@ def test_odd_logits(layer: Layer, tokens: int):
     layer.check(x, logits - 1e30)
 
 
-@pytest.mark.parametrize("tokens", [8, 16, 64, 513])
+@pytest.mark.parametrize("tokens", [8, 64, 513])
 def test_skewed_routing(layer: Layer, tokens: int):
     """Half of all tokens on the same experts; all tokens on the same; an expert for every token."""
     x, logits = inputs(layer.shape, tokens)
