@@ -122,10 +122,10 @@ void enqueue(int32_t device, Launch launch) {
     throw std::runtime_error(std::string("mxfp4_sm120: ") + why);
 }
 
-int64_t workspace_bytes_op(int64_t tokens, int64_t hidden_size, int64_t intermediate_size, int64_t num_experts,
-                           int64_t local_experts, int64_t top_k) {
+int64_t workspace_bytes_op(int64_t tokens, int64_t hidden_size, int64_t intermediate_size, int64_t local_experts,
+                           int64_t top_k) {
   return workspace_bytes(static_cast<int>(tokens), static_cast<int>(hidden_size), static_cast<int>(intermediate_size),
-                         static_cast<int>(num_experts), static_cast<int>(local_experts), static_cast<int>(top_k));
+                         static_cast<int>(local_experts), static_cast<int>(top_k));
 }
 
 // Lines of the dispatch table, that is, values of `config`.
@@ -157,8 +157,8 @@ void moe(const Tensor& x, const Tensor& w13, const Tensor& w2, const std::option
   if (hidden < 1 || hidden % 32 != 0) refuse("x", " has hidden size ", hidden, ", expected a multiple of 32");
   if (tokens > (1 << 24)) refuse("x", " has ", tokens, " tokens, expected at most ", 1 << 24);
 
-  if (config < -1 || config >= configurations())
-    refuse("config", " is ", config, ", expected -1 (the default rule) to ", configurations() - 1);
+  if (config < 0 || config >= configurations())
+    refuse("config", " is ", config, ", expected 0 to ", configurations() - 1);
 
   check(x, "x", device, ScalarType::BFloat16, {tokens, hidden});
   check(w13, "w13", device, ScalarType::Byte, {local_experts, intermediate / 16, hidden / 32, 544});
@@ -195,7 +195,7 @@ void moe(const Tensor& x, const Tensor& w13, const Tensor& w2, const std::option
   args.top_k = static_cast<int>(top_k);
   args.swiglu_oai = swiglu_oai;
 
-  const int64_t needed = workspace_bytes(args.M, args.H, args.I, args.num_experts, args.local_experts, args.top_k);
+  const int64_t needed = workspace_bytes(args.M, args.H, args.I, args.local_experts, args.top_k);
   const int64_t given = size_of(workspace, "workspace", 1, 0);
   check(workspace, "workspace", device, ScalarType::Byte, {given});
   if (given < needed) refuse("workspace", " has ", given, " bytes, expected at least ", needed);

@@ -51,14 +51,7 @@ struct Config {
 constexpr Config CONFIGS[] = {
     {"decode", -1}, {"tokens8", 0}, {"tokens16", 1}, {"tokens32", 2}, {"tokens64", 3}, {"tokens128", 4},
 };
-constexpr int DECODE = 0, CONFIG_COUNT = sizeof(CONFIGS) / sizeof(CONFIGS[0]);
-
-// For cards without a tuning file: by the tokens that an expert gets on average.
-int default_config(const MoeArgs& args) {
-  if (decode_layer_takes(args)) return DECODE;
-  const int per_expert = args.M * args.top_k / args.num_experts;
-  return per_expert <= 5 ? 1 : per_expert <= 11 ? 2 : per_expert <= 22 ? 3 : per_expert <= 45 ? 4 : 5;
-}
+constexpr int DECODE = 0, FEW_TOKENS = 1, CONFIG_COUNT = sizeof(CONFIGS) / sizeof(CONFIGS[0]);
 
 }  // namespace
 
@@ -75,7 +68,7 @@ const char* launch_table() {
   return table.c_str();
 }
 
-int64_t workspace_bytes(int M, int H, int I, int, int local_experts, int top_k) {
+int64_t workspace_bytes(int M, int H, int I, int local_experts, int top_k) {
   return carve(nullptr, M, H, I, local_experts, top_k).bytes;
 }
 
@@ -94,8 +87,8 @@ const char* moe_forward(const MoeArgs& args, int config, cudaStream_t stream) {
   Device device{};
   if (const char* why = current_device(device)) return why;
   const Workspace ws = carve(args.workspace, args.M, args.H, args.I, args.local_experts, args.top_k);
-  if (config >= CONFIG_COUNT) return "no such configuration";
-  if (config < 0 || (config == DECODE && !decode_layer_takes(args))) config = default_config(args);
+  if (config < 0 || config >= CONFIG_COUNT) return "no such configuration";
+  if (config == DECODE && !decode_layer_takes(args)) config = FEW_TOKENS;
   if (config == DECODE) return decode_layer_forward(args, ws.decode, device, stream);
   if (const char* why = route_and_group(args, ws.grouped, device, stream)) return why;
   if (const char* why = grouped_layer_forward(args, ws.grouped, CONFIGS[config].variant, device, stream)) return why;

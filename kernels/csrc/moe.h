@@ -41,11 +41,10 @@ struct RouterArgs {
 const char* router_forward(const RouterArgs& args, cudaStream_t stream);
 
 // Bytes of workspace for up to M tokens; grows with M.
-int64_t workspace_bytes(int M, int H, int I, int num_experts, int local_experts, int top_k);
+int64_t workspace_bytes(int M, int H, int I, int local_experts, int top_k);
 
 // Enqueues the layer on `stream`. Returns nullptr, or a static string saying why not. `config` indexes the dispatch
-// table (dispatch.cu); -1 is the default rule, which also decides where the decode kernel is asked for and can't take
-// so many tokens.
+// table (dispatch.cu); where the decode kernel is asked for and can't take so many tokens, the next one does.
 const char* moe_forward(const MoeArgs& args, int config, cudaStream_t stream);
 
 }  // namespace mxfp4_sm120

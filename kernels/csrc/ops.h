@@ -14,9 +14,7 @@ inline void define_ops(torch::stable::detail::StableLibrary& m) {
   // logits = x . weight^T + bias for up to ROUTER_MAX_TOKENS tokens: x bf16 [M, H], weight bf16 [E, H], out bf16 [M,
   // E].
   m.def("router(Tensor x, Tensor weight, Tensor? bias, Tensor(a!) out) -> ()");
-  m.def(
-      "workspace_bytes(int tokens, int hidden_size, int intermediate_size, int num_experts, int local_experts, "
-      "int top_k) -> int");
+  m.def("workspace_bytes(int tokens, int hidden_size, int intermediate_size, int local_experts, int top_k) -> int");
   // The GPUs it was compiled for, as CMake writes them ("90-real 120-virtual"), or "stub".
   m.def("architectures() -> str");
   // What `config` counts, one a line: name, the most threads of its kernels' blocks, their most bytes of dynamic shared

@@ -32,7 +32,7 @@ void moe(const Tensor&, const Tensor&, const Tensor&, const std::optional<Tensor
 }
 void router(const Tensor&, const Tensor&, const std::optional<Tensor>&, Tensor out) { zeros(out); }
 
-int64_t workspace_bytes(int64_t, int64_t, int64_t, int64_t, int64_t, int64_t) { return 64 * 1024; }
+int64_t workspace_bytes(int64_t, int64_t, int64_t, int64_t, int64_t) { return 64 * 1024; }
 std::string architectures() { return "stub"; }
 std::string launch_table() { return ""; }
 

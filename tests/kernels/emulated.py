@@ -88,11 +88,13 @@ class Emulated:
         self.biases = [None if bias is None else aligned(bias) for bias in (weights.w13_bias, weights.w2_bias)]
         self.counters = torch.zeros(0, dtype=torch.uint8)
 
-    def __call__(self, x: Tensor, logits: Tensor, config: int = -1, expert_map: Tensor | None = None) -> Tensor:
+    def __call__(self, x: Tensor, logits: Tensor, config: int, expert_map: Tensor | None = None) -> Tensor:
         shape = self.shape
         sizes = (x.shape[0], shape.hidden_size, shape.intermediate_size)
         experts = (shape.num_experts, shape.local_experts, shape.top_k)
-        workspace = aligned(torch.full((self.library.moe_workspace_bytes(*sizes, *experts),), 0xFF, dtype=torch.uint8))
+        workspace = aligned(
+            torch.full((self.library.moe_workspace_bytes(*sizes, *experts[1:]),), 0xFF, dtype=torch.uint8)
+        )
         workspace[: 64 * 1024] = 0  # the counters
         x, logits, out = aligned(x), aligned(logits), aligned(torch.full_like(x, torch.nan))
         tensors = (x, self.w13, self.w2, *self.biases, logits)

@@ -36,8 +36,8 @@ MOST_TOKENS = 8192
 # For more tokens the router is a GEMM library's business; kernels/csrc/moe.h says the same.
 ROUTER_MAX_TOKENS = 64
 
-# The library's own rule for which kernels run, where configs/tuning/ has none for the card.
-DEFAULT_CONFIG = -1
+# Of `moe_layer`: the kernels that configs/tuning/ says.
+BY_RULE = -1
 
 
 class Native(Backend):
@@ -135,7 +135,7 @@ class Native(Backend):
             self.shape.num_experts,
             self.shape.top_k,
             self.shape.activation is Activation.SWIGLU_OAI,
-            DEFAULT_CONFIG,
+            BY_RULE,
         )
 
 
@@ -199,14 +199,14 @@ class Limit:
 
 @lru_cache
 def tuned(card: str) -> tuple[Limit, ...]:
-    """The card's rule, configs/tuning/<card's name>.json, smallest first; empty where nobody has tuned for it.
+    """The card's rule, configs/tuning/<card's name>.json, smallest first; default.json where nobody has tuned for it.
 
     {"rule": [{"kernel": "...", "tokens": 8}, {"kernel": "...", "tokens_per_expert": 24}, {"kernel": "..."}]}; kernels
     by their names in `launch_table`. Raises ValueError for any other.
     """
     path = config_path("tuning", re.sub(r"\W+", "_", card) + ".json")
     if not path.exists():
-        return ()
+        path = path.with_name("default.json")
     names = [line.split()[0] for line in torch.ops.mxfp4_sm120.launch_table().splitlines()]
     limits = []
     for entry in json.loads(path.read_text())["rule"]:
@@ -224,16 +224,16 @@ def tuned(card: str) -> tuple[Limit, ...]:
 
 
 def choose(rule: tuple[Limit, ...], tokens: int, tokens_per_expert: float) -> int:
-    """The first configuration whose limits hold."""
-    for limit in rule:
-        if tokens <= limit.tokens and tokens_per_expert <= limit.tokens_per_expert:
-            return limit.config
-    return DEFAULT_CONFIG
+    """The first configuration whose limits hold; the first of all without a rule."""
+    held = (limit.config for limit in rule if tokens <= limit.tokens and tokens_per_expert <= limit.tokens_per_expert)
+    return next(held, 0)
 
 
 @lru_cache
 def _rule(device: torch.device) -> tuple[Limit, ...]:
-    return tuned(torch.cuda.get_device_name(device)) if device.type == "cuda" else ()
+    if device.type != "cuda" or load() == "stub":
+        return ()  # nothing will run
+    return tuned(torch.cuda.get_device_name(device))
 
 
 # The library's `moe` takes its workspace and output from the caller. `moe_layer` is what is called: it brings both, so
@@ -274,12 +274,12 @@ def _moe_layer(
     config: int,
 ) -> Tensor:
     out = torch.empty_like(x)
-    if config == DEFAULT_CONFIG:
+    if config == BY_RULE:
         config = choose(_rule(x.device), x.shape[0], x.shape[0] * top_k / num_experts)
     # At least what one token needs, and for a power of two of tokens: then workspaces together are at most twice the
     # largest, however the token count grows.
     tokens = min(1 << max(x.shape[0] - 1, 0).bit_length(), MOST_TOKENS)
-    bytes_needed = _workspace_bytes(tokens, x.shape[-1], w2.shape[-2] * 32, num_experts, w2.shape[0], top_k)
+    bytes_needed = _workspace_bytes(tokens, x.shape[-1], w2.shape[-2] * 32, w2.shape[0], top_k)
     workspace = _workspace(x.device, bytes_needed)
     for begin in range(0, max(x.shape[0], 1), MOST_TOKENS):
         part = slice(begin, begin + MOST_TOKENS)

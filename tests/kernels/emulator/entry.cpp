@@ -9,8 +9,8 @@ void emulate(int multiprocessors, bool late_copies, unsigned seed) {
   emu::late_copies = late_copies;
   emu::random.seed(seed);
 }
-int64_t moe_workspace_bytes(int M, int H, int I, int num_experts, int local_experts, int top_k) {
-  return workspace_bytes(M, H, I, num_experts, local_experts, top_k);
+int64_t moe_workspace_bytes(int M, int H, int I, int local_experts, int top_k) {
+  return workspace_bytes(M, H, I, local_experts, top_k);
 }
 const char* moe(const MoeArgs* args, int config) { return moe_forward(*args, config, nullptr); }
 const char* router(const RouterArgs* args) { return router_forward(*args, nullptr); }
