@@ -19,6 +19,7 @@ from vllm_mxfp4_sm120.backends.tiled import Tiled
 from vllm_mxfp4_sm120.moe import MoEShape
 from vllm_mxfp4_sm120.quantization import config as quantization_config
 from vllm_mxfp4_sm120.quantization import fused_moe
+from vllm_mxfp4_sm120.quantization import router as quantization_router
 from vllm_mxfp4_sm120.quantization.config import Mxfp4Sm120Config
 from vllm_mxfp4_sm120.quantization.router import RouterMethod
 
@@ -179,3 +180,27 @@ def test_the_router_is_the_experts_backends_where_it_has_one(
     router.quant_method.process_weights_after_loading(router)
     fused = ours and backend is Routes and dtype == torch.bfloat16
     torch.testing.assert_close(router(x), plain + 1 if fused else plain)
+
+
+def test_a_compiled_model_asks_the_backend_of_the_day(monkeypatch: pytest.MonkeyPatch) -> None:
+    """vLLM keeps compiled models; what they hold must not depend on which backend was there when they were made."""
+    monkeypatch.setattr(parallel_state, "_TP", SimpleNamespace(rank_in_group=0, world_size=1))
+    config = VllmConfig()
+    config.quant_config = Mxfp4Sm120Config({})
+    layers = config.compilation_config.static_forward_context
+    monkeypatch.setattr(quantization_router, "get_forward_context", lambda: SimpleNamespace(no_compile_layers=layers))
+    plugin.register()
+    with set_current_vllm_config(config):
+        router = GateLinear(
+            64, 8, bias=True, prefix="model.layers.1.mlp.router", return_bias=False, params_dtype=torch.bfloat16
+        )
+    torch.nn.init.normal_(router.weight.data)
+    torch.nn.init.normal_(router.bias.data)
+    router.quant_method.process_weights_after_loading(router)
+    x = torch.randn(3, 64, dtype=torch.bfloat16)
+    compiled = torch.compile(router.forward, backend="aot_eager", fullgraph=True)
+    plain = compiled(x)
+    torch.testing.assert_close(plain, torch.nn.functional.linear(x, router.weight, router.bias))
+    router.quant_method.backend = Routes(SHAPE)
+    with torch.compiler.set_stance("fail_on_recompile"):
+        torch.testing.assert_close(compiled(x), plain + 1)

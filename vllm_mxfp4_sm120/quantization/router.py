@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 from vllm.config import get_current_vllm_config
+from vllm.forward_context import get_forward_context
 from vllm.model_executor.custom_op import op_registry_oot
 from vllm.model_executor.layers.fused_moe.router.gate_linear import GateLinear
 from vllm.model_executor.layers.linear import UnquantizedLinearMethod
@@ -35,9 +36,23 @@ class RouterMethod(UnquantizedLinearMethod):
             self.backend = backend
 
     def apply(self, layer: Any, x: Tensor, bias: Tensor | None = None) -> Tensor:
+        if torch.compiler.is_compiling():
+            return router_logits(x, layer.output_size, layer.prefix)
         if self.backend is None:
             return super().apply(layer, x, bias)
         return self.backend.router_logits(x, layer.weight, bias)
+
+
+# The wall before a compiled model, which vLLM keeps for later starts: another backend may answer then.
+@torch.library.custom_op("mxfp4_sm120::router_of_layer", mutates_args=())
+def router_logits(x: Tensor, num_experts: int, layer_name: str) -> Tensor:
+    layer = get_forward_context().no_compile_layers[layer_name]
+    return layer.quant_method.apply(layer, x, layer.bias)
+
+
+@router_logits.register_fake
+def _(x: Tensor, num_experts: int, layer_name: str) -> Tensor:
+    return x.new_empty(x.shape[0], num_experts)
 
 
 class RouterLinear(GateLinear):
@@ -48,7 +63,9 @@ class RouterLinear(GateLinear):
         config = get_current_vllm_config()
         ours = config.quant_config is not None and config.quant_config.get_name() == NAME
         if ours and type(self.quant_method) is UnquantizedLinearMethod:
-            self.quant_method: Any = RouterMethod(config.compilation_config.static_forward_context)
+            layers = config.compilation_config.static_forward_context
+            self.quant_method: Any = RouterMethod(layers)
+            layers[self.prefix] = self
 
 
 def register() -> None:
