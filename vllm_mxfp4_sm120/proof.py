@@ -123,6 +123,7 @@ def solve(backend: type[Backend], shape: MoEShape, device: torch.device | str) -
         layer = backend(shape)
         prepared = layer.prepare(random_weights(shape, device))
         weights = random_weights(shape, device)  # the same again: prepare may have consumed its own
+        router, bias = random_router(shape, device)
         for tokens in TOKENS if torch.device(device).type == "cuda" else TOKENS[:2]:
             x, logits = random_inputs(shape, tokens, device)
             topk_ids, topk_weights = topk_softmax(logits, shape.top_k)
@@ -132,7 +133,6 @@ def solve(backend: type[Backend], shape: MoEShape, device: torch.device | str) -
                 "from logits": (layer.forward_logits(prepared, x, logits, expert_map), expected),
             }
             if backend.has_router:
-                router, bias = random_router(shape, device)
                 right = x.double() @ router.double().T + bias.double()
                 answers["the router"] = layer.router_logits(x, router, bias), right
             for path, (answer, right) in answers.items():

@@ -67,6 +67,12 @@ std::string shape_text(const int64_t* sizes, size_t dim) {
   return text.str();
 }
 
+// x decides on which device all else must lie.
+int32_t device_of(const Tensor& x) {
+  if (!x.is_cuda()) refuse("x", " is on the CPU, expected a CUDA tensor: the native kernels need CUDA");
+  return x.get_device_index();
+}
+
 int64_t size_of(const Tensor& t, const char* name, int64_t dims, int64_t i) {
   if (t.dim() != dims) refuse(name, " has ", t.dim(), " dimensions, expected ", dims);
   return t.size(i);
@@ -142,8 +148,7 @@ void moe(const Tensor& x, const Tensor& w13, const Tensor& w2, const std::option
          const std::optional<Tensor>& topk_ids, const std::optional<Tensor>& topk_weights,
          const std::optional<Tensor>& expert_map, const Tensor& workspace, int64_t num_experts, int64_t top_k,
          bool swiglu_oai, int64_t config, const Tensor& out) {
-  if (!x.is_cuda()) refuse("x", " is on the CPU, expected a CUDA tensor: the native kernels need CUDA");
-  const int32_t device = x.get_device_index();
+  const int32_t device = device_of(x);
 
   // Sizes come from x and the weights; all else must agree with them.
   const int64_t tokens = size_of(x, "x", 2, 0), hidden = size_of(x, "x", 2, 1);
@@ -220,8 +225,7 @@ void moe(const Tensor& x, const Tensor& w13, const Tensor& w2, const std::option
 }
 
 void router(const Tensor& x, const Tensor& weight, const std::optional<Tensor>& bias, const Tensor& out) {
-  if (!x.is_cuda()) refuse("x", " is on the CPU, expected a CUDA tensor: the native kernels need CUDA");
-  const int32_t device = x.get_device_index();
+  const int32_t device = device_of(x);
   const int64_t tokens = size_of(x, "x", 2, 0), hidden = size_of(x, "x", 2, 1);
   const int64_t experts = size_of(weight, "weight", 2, 0);
   if (tokens > ROUTER_MAX_TOKENS) refuse("x", " has ", tokens, " tokens, expected at most ", ROUTER_MAX_TOKENS);

@@ -219,21 +219,8 @@ __global__ void __launch_bounds__(S::THREADS, S::BLOCKS) grouped_gemm(const Gemm
   for (int e = threadIdx.x; e <= p.experts; e += S::THREADS)
     offsets[e] = p.offsets[e];
   __syncthreads();
-  if (warp == 0) {  // token tiles before each expert
-    int before = 0;
-    for (int e0 = 0; e0 < p.experts; e0 += 32) {
-      const int e = e0 + lane;
-      int n = e < p.experts ? (offsets[e + 1] - offsets[e] + S::TOKENS - 1) / S::TOKENS : 0;
-#pragma unroll
-      for (int d = 1; d < 32; d <<= 1) {
-        const int up = __shfl_up_sync(~0u, n, d);
-        if (lane >= d) n += up;
-      }
-      if (e < p.experts) tiles[e + 1] = before + n;
-      before += __shfl_sync(~0u, n, 31);
-    }
-    if (lane == 0) tiles[0] = 0;
-  }
+  if (warp == 0)
+    count_tiles(tiles, offsets, p.experts, [](int tokens) { return (tokens + S::TOKENS - 1) / S::TOKENS; });
   __syncthreads();
 
   Loader<S, GATE_UP> loader(p, tiles, offsets, smem, row_tiles, k_tiles, row_groups);

@@ -16,6 +16,21 @@ struct Gemm {
   bool swiglu_oai;
 };
 
+// before[e]: the token tiles of the experts below e; before[experts]: of all. `tiles_of` says how many so many tokens
+// make. For one warp.
+template <typename TilesOf>
+__device__ __forceinline__ void count_tiles(int* before, const int* offsets, int experts, TilesOf tiles_of) {
+  const int lane = threadIdx.x % 32;
+  int sum = 0;
+  for (int e0 = 0; e0 < experts; e0 += 32) {
+    const int e = e0 + lane;
+    const int n = inclusive_scan(e < experts ? tiles_of(offsets[e + 1] - offsets[e]) : 0, lane);
+    if (e < experts) before[e + 1] = sum + n;
+    sum += __shfl_sync(~0u, n, 31);
+  }
+  if (lane == 0) before[0] = 0;
+}
+
 // Of four adjacent rows.
 __device__ __forceinline__ float4 bias_of(const Gemm& p, int expert, int row) {
   if (p.bias == nullptr) return {0.f, 0.f, 0.f, 0.f};

@@ -28,20 +28,10 @@ __global__ void __launch_bounds__(256) route(const MoeArgs args, const GroupedWo
 // Exclusive prefix sum over the block; `total` is the sum.
 __device__ int block_scan(int v, int& total, int* scratch) {
   const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
-  int inclusive = v;
-#pragma unroll
-  for (int d = 1; d < 32; d <<= 1) {
-    const int up = __shfl_up_sync(~0u, inclusive, d);
-    if (lane >= d) inclusive += up;
-  }
+  const int inclusive = inclusive_scan(v, lane);
   if (lane == 31) scratch[warp] = inclusive;
   __syncthreads();
-  int w = scratch[lane];
-#pragma unroll
-  for (int d = 1; d < 32; d <<= 1) {
-    const int up = __shfl_up_sync(~0u, w, d);
-    if (lane >= d) w += up;
-  }
+  const int w = inclusive_scan(scratch[lane], lane);
   total = __shfl_sync(~0u, w, 31);
   const int before = warp == 0 ? 0 : __shfl_sync(~0u, w, warp - 1);
   __syncthreads();

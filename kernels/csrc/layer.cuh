@@ -68,6 +68,16 @@ __device__ __forceinline__ float activate(float gate, float up, bool swiglu_oai)
   return gate * sigmoid(gate) * up;
 }
 
+// v of this lane and of those below it, added up.
+__device__ __forceinline__ int inclusive_scan(int v, int lane) {
+#pragma unroll
+  for (int d = 1; d < 32; d <<= 1) {
+    const int up = __shfl_up_sync(~0u, v, d);
+    if (lane >= d) v += up;
+  }
+  return v;
+}
+
 __device__ __forceinline__ float2 unpack_bf16x2(uint32_t v) {
   return {__uint_as_float(v << 16), __uint_as_float(v & 0xffff0000u)};
 }

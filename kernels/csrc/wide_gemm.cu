@@ -31,22 +31,7 @@ struct Tiles {
       offsets[e] = from[e];
     if (threadIdx.x == 0) rest_count = 0;
     __syncthreads();
-    if (threadIdx.x < 32) {
-      const int lane = threadIdx.x;
-      int before = 0;
-      for (int e0 = 0; e0 < experts; e0 += 32) {
-        const int e = e0 + lane;
-        int n = e < experts ? (offsets[e + 1] - offsets[e]) / TOKENS : 0;
-#pragma unroll
-        for (int d = 1; d < 32; d <<= 1) {
-          const int up = __shfl_up_sync(~0u, n, d);
-          if (lane >= d) n += up;
-        }
-        if (e < experts) full[e + 1] = before + n;
-        before += __shfl_sync(~0u, n, 31);
-      }
-      if (lane == 0) full[0] = 0;
-    }
+    if (threadIdx.x < 32) count_tiles(full, offsets, experts, [](int tokens) { return tokens / TOKENS; });
     for (int e = threadIdx.x; e < experts; e += THREADS) {
       const int mine = rest_of(e);
       if (mine == 0) continue;

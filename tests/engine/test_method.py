@@ -157,24 +157,30 @@ class Routes(Tiled):
         return super().router_logits(x, weight, bias) + 1
 
 
+def random_router(config: VllmConfig, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> GateLinear:
+    """The router of layer 1, as vLLM makes it with the plugin there."""
+    monkeypatch.setattr(parallel_state, "_TP", SimpleNamespace(rank_in_group=0, world_size=1))
+    plugin.register()
+    with set_current_vllm_config(config):
+        router = GateLinear(64, 8, bias=True, prefix="model.layers.1.mlp.router", return_bias=False, params_dtype=dtype)
+    torch.nn.init.normal_(router.weight.data)
+    torch.nn.init.normal_(router.bias.data)
+    return router
+
+
 @pytest.mark.parametrize("backend", [Routes, Tiled])
 @pytest.mark.parametrize("ours", [True, False])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
 def test_the_router_is_the_experts_backends_where_it_has_one(
     backend: type, ours: bool, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(parallel_state, "_TP", SimpleNamespace(rank_in_group=0, world_size=1))
     config = VllmConfig()
     config.quant_config = Mxfp4Sm120Config({}) if ours else None
-    plugin.register()
-    with set_current_vllm_config(config):
-        router = GateLinear(64, 8, bias=True, prefix="model.layers.1.mlp.router", return_bias=False, params_dtype=dtype)
+    router = random_router(config, dtype, monkeypatch)
     assert isinstance(router.quant_method, RouterMethod) == ours
     method = SimpleNamespace(backend=backend(SHAPE))
     experts = SimpleNamespace(routed_experts=SimpleNamespace(quant_method=method))
     config.compilation_config.static_forward_context["model.layers.1.mlp.experts"] = experts
-    torch.nn.init.normal_(router.weight.data)
-    torch.nn.init.normal_(router.bias.data)
     x = torch.randn(3, 64, dtype=dtype)
     plain = torch.nn.functional.linear(x, router.weight, router.bias)
     router.quant_method.process_weights_after_loading(router)
@@ -184,18 +190,11 @@ def test_the_router_is_the_experts_backends_where_it_has_one(
 
 def test_a_compiled_model_asks_the_backend_of_the_day(monkeypatch: pytest.MonkeyPatch) -> None:
     """vLLM keeps compiled models; what they hold must not depend on which backend was there when they were made."""
-    monkeypatch.setattr(parallel_state, "_TP", SimpleNamespace(rank_in_group=0, world_size=1))
     config = VllmConfig()
     config.quant_config = Mxfp4Sm120Config({})
     layers = config.compilation_config.static_forward_context
     monkeypatch.setattr(quantization_router, "get_forward_context", lambda: SimpleNamespace(no_compile_layers=layers))
-    plugin.register()
-    with set_current_vllm_config(config):
-        router = GateLinear(
-            64, 8, bias=True, prefix="model.layers.1.mlp.router", return_bias=False, params_dtype=torch.bfloat16
-        )
-    torch.nn.init.normal_(router.weight.data)
-    torch.nn.init.normal_(router.bias.data)
+    router = random_router(config, torch.bfloat16, monkeypatch)
     router.quant_method.process_weights_after_loading(router)
     x = torch.randn(3, 64, dtype=torch.bfloat16)
     compiled = torch.compile(router.forward, backend="aot_eager", fullgraph=True)
