@@ -31,6 +31,7 @@ Workspace carve(uint8_t* base, int M, int H, int I, int local_experts, int top_k
   const int64_t slots = static_cast<int64_t>(M) * top_k;
   w.decode.ready = c.take<int>(MAX_EXPERTS);
   w.decode.done = c.take<int>(2);
+  w.grouped.taken = c.take<int>(2);
   c.at = COUNTER_BYTES;
   w.grouped.expert = c.take<int>(slots);
   w.grouped.weight = c.take<float>(slots);
@@ -49,7 +50,8 @@ struct Config {
   int variant;  // of grouped_gemm; -1: the decode kernel
 };
 constexpr Config CONFIGS[] = {
-    {"decode", -1}, {"tokens8", 0}, {"tokens16", 1}, {"tokens32", 2}, {"tokens64", 3}, {"tokens128", 4},
+    {"decode", -1},  {"tokens8", 0},  {"tokens16", 1}, {"tokens24", 2},
+    {"tokens40", 3}, {"tokens80", 4}, {"tokens96", 5}, {"tokens128", 6},
 };
 constexpr int DECODE = 0, FEW_TOKENS = 1, CONFIG_COUNT = sizeof(CONFIGS) / sizeof(CONFIGS[0]);
 
@@ -76,6 +78,8 @@ const char* current_device(Device& device) {
   int ordinal = 0, major = 0;
   if (cudaGetDevice(&ordinal) != cudaSuccess ||
       cudaDeviceGetAttribute(&device.multiprocessors, cudaDevAttrMultiProcessorCount, ordinal) != cudaSuccess ||
+      cudaDeviceGetAttribute(&device.shared_bytes, cudaDevAttrMaxSharedMemoryPerMultiprocessor, ordinal) !=
+          cudaSuccess ||
       cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, ordinal) != cudaSuccess)
     return "the current device can't be queried";
   device.dependent_launch = major >= 9;

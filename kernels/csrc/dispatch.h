@@ -15,6 +15,7 @@ struct DecodeWorkspace {
 };
 
 struct GroupedWorkspace {
+  int* taken;     // [2] items that blocks have taken, of gate-up and of down; zero between calls
   int* expert;    // [M * k] local expert of each slot (token * k + j), -1 if elsewhere
   float* weight;  // [M * k]
   int* offsets;   // [local_experts + 1] where each expert's slots begin in `order`
@@ -26,6 +27,7 @@ struct GroupedWorkspace {
 
 struct Device {
   int multiprocessors;
+  int shared_bytes;       // of a multiprocessor
   bool dependent_launch;  // sm_90 and newer: a kernel may start while the one before it drains
 };
 

@@ -1,316 +1,488 @@
 // Grouped GEMM over experts, for more tokens than the decode kernel takes: gate-up (with SwiGLU) and down are two
 // launches of one template.
 //
-// A persistent grid. An item is (expert, group of weight rows, tile of that expert's tokens), with the token tiles of
-// one row group next to each other so that its weights are read from memory once. Threads fill a ring of shared-memory
-// stages with cp.async, ahead of the arithmetic and across items: packed weight tiles and gathered token rows. Warps
-// decode weights straight into A operands, in registers, and never write a decoded weight anywhere.
+// A persistent grid. An item is a token tile of one expert by a group of weight rows. Threads fill a ring of
+// shared-memory stages with cp.async, ahead of the arithmetic and across items: packed weight tiles and gathered token
+// rows. Warps decode weights straight into A operands, in registers, and never write a decoded weight anywhere.
 //
-// There is no producer warp: a ninth warp would take a third of one scheduler's registers, and the accumulators need
-// them. So the copying code stands in every warp's way and is kept short: plain cp.async groups, one block barrier a
-// stage.
-#include "grouped_gemm.cuh"
+// On an H100 a product (m16n8k16) takes 6 cycles of its scheduler, and every other instruction, whatever it does, adds
+// about 0.5 to 0.7, as if they shared the register file's ports. So other instructions are what to save. A warp has 32
+// rows and all of the block's tokens, which decodes a weight once for as many products as there are tokens; the warps
+// of a block share the tokens. With 128 tokens a k-tile costs a warp 64 products and 101 other instructions: 52 to
+// decode, 18 to read shared memory, the rest copies, addresses, barrier and loop. There is no producer warp: it would
+// take registers that the accumulators need.
+#include <algorithm>
+
+#include "dispatch.h"
+#include "layer.cuh"
 
 namespace mxfp4_sm120 {
 namespace {
 
-// WR 32-row tiles and NT n8 token tiles per warp; WM x WN warps; KT k-tiles per stage; STAGES deep; BLOCKS per
-// multiprocessor.
-template <int WR_, int WM_, int WN_, int NT_, int KT_, int STAGES_, int BLOCKS_ = 1>
-struct Shape {
-  static constexpr int WR = WR_, WM = WM_, WN = WN_, NT = NT_, KT = KT_, STAGES = STAGES_, BLOCKS = BLOCKS_;
-  static constexpr int ROW_TILES = WR * WM, TOKENS = 8 * NT * WN, WARPS = WM * WN, THREADS = 32 * WARPS;
-  static constexpr int WEIGHT_BYTES = ROW_TILES * KT * TILE_BYTES, TOKEN_BYTES = KT * TOKENS * 64;
-  static constexpr int STAGE_BYTES = WEIGHT_BYTES + TOKEN_BYTES;
-  static constexpr int BYTES = STAGES * STAGE_BYTES + (MAX_EXPERTS + 1) * 8;
-  // 16-byte chunks of a stage, per thread. A thread keeps to SOURCES of the token rows: one where the chunks of a
-  // k-tile divide the threads, else as many as it takes to cover a k-tile.
-  static constexpr int ALL_WEIGHT_CHUNKS = WEIGHT_BYTES / 16,
-                       WEIGHT_CHUNKS = (ALL_WEIGHT_CHUNKS + THREADS - 1) / THREADS;
-  static constexpr int K_TILE_CHUNKS = TOKENS * 4;
-  static constexpr bool EVEN = THREADS % K_TILE_CHUNKS == 0;
-  static constexpr int SOURCES = EVEN ? 1 : (K_TILE_CHUNKS + THREADS - 1) / THREADS;
-  static constexpr int TOKEN_CHUNKS = EVEN ? (KT * K_TILE_CHUNKS + THREADS - 1) / THREADS : KT * SOURCES;
-  static_assert(STAGES >= 3);
-  static_assert(BYTES * BLOCKS + (BLOCKS - 1) * 1024 <= MAX_SHARED_BYTES);
+struct Gemm {
+  const uint8_t* weights;  // [experts, rows/32, K/32, TILE_BYTES]
+  const uint16_t* bias;    // bf16 [experts, rows] or nullptr
+  const uint16_t* in;      // bf16 [*, K]: the tokens (gate-up) or activations in sorted order (down)
+  void* out;               // gate-up: bf16 [slots, rows/2]; down: fp32 [slots, rows]; both in sorted order
+  const int* offsets;      // [experts + 1] where each expert's slots begin
+  const int* order;        // [slots] the tokens, in sorted order
+  int* taken;              // items that blocks have taken, beyond those dealt; zero at the start
+  int experts, rows, K;
+  Activation activation;
 };
 
-// Walks a block's items in order.
+// Where a thread's outputs go. Column c (0 or 1) of two m16 tiles' accumulators is four adjacent rows of one slot.
+template <bool GATE_UP>
+struct Output {
+  uint8_t* first;  // of slot `first`
+  int stride;      // bytes from a slot to the next
+  float4 bias;
+
+  __device__ __forceinline__ Output(const Gemm& p, int expert, int slot, int row)
+      : stride(GATE_UP ? p.rows : 4 * p.rows), bias{0.f, 0.f, 0.f, 0.f} {
+    first = static_cast<uint8_t*>(p.out) + static_cast<int64_t>(slot) * stride + (GATE_UP ? row : 4 * row);
+    if (p.bias == nullptr) return;
+    const uint2 v = *reinterpret_cast<const uint2*>(p.bias + static_cast<int64_t>(expert) * p.rows + row);
+    const float2 lo = unpack_bf16x2(v.x), hi = unpack_bf16x2(v.y);
+    bias = {lo.x, lo.y, hi.x, hi.y};
+  }
+
+  // Without a branch around what is not to be stored: the compiler overlaps one slot's arithmetic with the next one's.
+  __device__ __forceinline__ void store(const Gemm& p, bool exists, int slot, const float (&lo)[4],
+                                        const float (&hi)[4], int c) const {
+    const float v[4] = {lo[c] * ACCUMULATOR_SCALE + bias.x, lo[2 + c] * ACCUMULATOR_SCALE + bias.y,
+                        hi[c] * ACCUMULATOR_SCALE + bias.z, hi[2 + c] * ACCUMULATOR_SCALE + bias.w};
+    uint8_t* const at = first + static_cast<int64_t>(slot) * stride;
+    if constexpr (GATE_UP)
+      store_if(exists, at, pack_bf16x2(activate(v[0], v[1], p.activation), activate(v[2], v[3], p.activation)));
+    else
+      store_if(exists, at, v);
+  }
+};
+
+// WARPS one above the other, 32 rows each, by TOKENS tokens; STAGES of one k-tile; BLOCKS per multiprocessor.
+template <int WARPS_, int TOKENS_, int STAGES_, int BLOCKS_>
+struct Shape {
+  static constexpr int WARPS = WARPS_, TOKENS = TOKENS_, STAGES = STAGES_, BLOCKS = BLOCKS_;
+  static constexpr int THREADS = 32 * WARPS, TOKEN_TILES = TOKENS / 8;
+  static constexpr int WEIGHT_BYTES = WARPS * TILE_BYTES, STAGE_BYTES = WEIGHT_BYTES + TOKENS * 64;
+  static constexpr int RING_BYTES = STAGES * STAGE_BYTES;
+  static constexpr int SOURCES = (TOKENS * 4 + THREADS - 1) / THREADS;  // token rows a thread copies 16 bytes of
+  // Registers for accumulators and tokens: two warps on a scheduler have 255 each, three have 168.
+  static constexpr int ROOM = WARPS * BLOCKS <= 8 ? 144 : 96;
+  // Few tokens: the time is the weights', and a kernel begins while the one before drains (see grouped_gemm).
+  static constexpr bool EARLY = TOKENS <= 24;
+  // Blocks take items as they come free, but for the many equal ones at the start. Alone on a multiprocessor they keep
+  // in step instead: neighbours then read the same tokens and weights at the same time, which is worth more.
+  static constexpr bool TAKES = BLOCKS > 1;
+};
+
+// An expert's tokens make full tiles and a rest.
+template <typename S>
+struct Tiles {
+  static constexpr int TOKENS = S::TOKENS, THREADS = S::THREADS;
+  int offsets[MAX_EXPERTS + 1];  // where each expert's tokens begin
+  int full[MAX_EXPERTS + 1];     // full tiles before each expert
+  int rests[MAX_EXPERTS];        // experts with a rest, the longest first
+  int rest_count;
+
+  __device__ int rest_of(int e) const { return (offsets[e + 1] - offsets[e]) % TOKENS; }
+
+  __device__ void prepare(const int* from, int experts) {
+    for (int e = threadIdx.x; e <= experts; e += THREADS)
+      offsets[e] = __ldcg(from + e);
+    if (threadIdx.x == 0) rest_count = 0;
+    __syncthreads();
+    if (threadIdx.x < 32) {
+      const int lane = threadIdx.x;
+      int before = 0;
+      for (int e0 = 0; e0 < experts; e0 += 32) {
+        const int e = e0 + lane;
+        const int n = inclusive_scan(e < experts ? (offsets[e + 1] - offsets[e]) / TOKENS : 0, lane);
+        if (e < experts) full[e + 1] = before + n;
+        before += __shfl_sync(~0u, n, 31);
+      }
+      if (lane == 0) full[0] = 0;
+    }
+    for (int e = threadIdx.x; e < experts; e += THREADS) {
+      const int mine = rest_of(e);
+      if (mine == 0) continue;
+      atomicAdd(&rest_count, 1);
+      int rank = 0;
+      for (int other = 0; other < experts; ++other) {
+        const int theirs = rest_of(other);
+        rank += theirs > mine || (theirs == mine && other < e);
+      }
+      rests[rank] = e;
+    }
+    __syncthreads();
+  }
+};
+
+// An expert's token tile by a group of WARPS row tiles.
 struct Item {
-  int expert = 0, row_group = 0, begin = 0, tokens = 0;
-  // `tiles` [experts + 1]: token tiles before each expert. False past the last item.
-  __device__ bool find(int item, int row_groups, int tile_tokens, int experts, const int* tiles, const int* offsets) {
-    if (item >= tiles[experts] * row_groups) return false;
-    while (item >= tiles[expert + 1] * row_groups)
-      ++expert;
-    const int here = tiles[expert + 1] - tiles[expert], n = item - tiles[expert] * row_groups;
-    row_group = n / here;
-    begin = offsets[expert] + (n - row_group * here) * tile_tokens;
-    tokens = min(tile_tokens, offsets[expert + 1] - begin);
-    return true;
+  int expert, row_group, begin, tokens;
+};
+
+constexpr int TURNS = 16;  // that a block remembers
+
+// What a block keeps behind the ring.
+template <typename S>
+struct Shared {
+  int items[TURNS];  // the item of a turn
+  int dealt;         // turns whose items are not taken but dealt
+  Tiles<S> tiles;
+};
+template <typename S>
+constexpr int BYTES = S::RING_BYTES + sizeof(Shared<S>);
+
+// The item that a block is dealt at its turn: every other time in reverse, so that none always gets the longer ones.
+__device__ __forceinline__ int dealt_item(int turn) {
+  return turn * gridDim.x + (turn % 2 == 0 ? blockIdx.x : gridDim.x - 1 - blockIdx.x);
+}
+
+// The item of a turn; past the last its expert is -1. In order: the full tiles' whole row groups, a row group's tiles
+// together; their last row group, if it has fewer row tiles; the same of the rests. For whole warps.
+template <typename S>
+__device__ __forceinline__ Item item_of_turn(int turn, const Gemm& p, const Shared<S>& shared) {
+  const Tiles<S>& tiles = shared.tiles;
+  int n = S::TAKES ? shared.items[turn % TURNS] : dealt_item(turn);
+  constexpr int WARPS = S::WARPS, TOKENS = S::TOKENS;
+  const int row_tiles = p.rows / TILE, whole = row_tiles / WARPS, part = row_tiles % WARPS != 0;
+  const int full = tiles.full[p.experts];
+  const bool in_full = n < full * (whole + part);
+  if (!in_full) n -= full * (whole + part);
+  const int list = in_full ? full : tiles.rest_count;
+  const bool in_whole = n < list * whole;
+  if (!in_whole) n -= list * whole;
+  const int groups = in_whole ? whole : part;
+  Item item{-1, whole, 0, 0};
+  if (in_full) {
+    int expert = 0;  // as many as end before
+    for (int e0 = 0; e0 < p.experts; e0 += 32) {
+      const int e = e0 + threadIdx.x % 32;
+      expert += __popc(__ballot_sync(~0u, e < p.experts && tiles.full[e + 1] * groups <= n));
+    }
+    const int before = tiles.full[expert], here = tiles.full[expert + 1] - before;
+    n -= before * groups;
+    if (in_whole) item.row_group = n / here;
+    item.expert = expert;
+    item.begin = tiles.offsets[expert] + n % here * TOKENS;
+    item.tokens = TOKENS;
+  } else if (n < list * groups) {
+    if (in_whole) item.row_group = n % whole;
+    item.expert = tiles.rests[n / groups];
+    item.tokens = tiles.rest_of(item.expert);
+    item.begin = tiles.offsets[item.expert + 1] - item.tokens;
+  }
+  return item;
+}
+
+// A warp's part of an item. The last row group may have few row tiles (GPT-OSS's 90 and 180 are 11 x 8 + 2 and 22 x 8 +
+// 4); then several warps share one, each with a part of the tokens.
+template <typename S>
+struct Part {
+  int row_tile, token_tile, token_tiles;  // the row tile, and the first and the number of n8 tiles
+  __device__ Part(const Item& item, int row_tiles, int warp) {
+    constexpr int WARPS = S::WARPS;
+    const int first = item.row_group * WARPS, left = row_tiles - first;
+    const int parts = left > WARPS / 2 ? 1 : WARPS % 4 != 0 || left > WARPS / 4 ? 2 : 4;
+    row_tile = first + warp % (WARPS / parts);
+    token_tiles = ((item.tokens + 7) / 8 + parts - 1) / parts;
+    token_tile = warp / (WARPS / parts) * token_tiles;
   }
 };
 
 // Fills the ring, a stage at a time, for the items a block will meet.
 template <typename S, bool GATE_UP>
 struct Loader {
+  static constexpr int SOURCES = S::SOURCES, THREADS = S::THREADS;
   const Gemm& p;
-  const int* tiles;
-  const int* offsets;
-  uint32_t smem;
-  int row_tiles, k_tiles, row_groups, index;
-  Item item;
-  int k = 0, stage = 0;
-  const uint8_t* weights = nullptr;          // of the current row group, at k
-  uint32_t weight_offset[S::WEIGHT_CHUNKS];  // of this thread's chunks, from there
-  uint32_t weight_rows = 0;                  // bit i: chunk i belongs to a row that exists
-  const uint8_t* token_row[S::SOURCES];      // this thread's rows, at k
-  int token_bytes[S::SOURCES];               // 16; 0: zeros, no such token; -1: nothing, its n8 tile is never read
+  const Shared<S>& shared;
+  int row_tiles, k_tiles, turn = 0;
+  int left = 0;                      // k-tiles of the item that are still to be copied
+  int weight_chunks = 0;             // of a row tile: all or, past the last item, none
+  int sources = 0;                   // of this thread's rows, those whose n8 tile holds tokens
+  const uint8_t* weights = nullptr;  // this lane's first chunk of its warp's row tile, at the next k-tile
+  const uint8_t* tokens = nullptr;   // this thread's chunk of row 0, at the next k-tile
+  uint32_t row[SOURCES];             // this thread's rows, in 16-byte units from row 0
 
-  __device__ __forceinline__ Loader(const Gemm& p, const int* tiles, const int* offsets, uint32_t smem, int row_tiles,
-                                    int k_tiles, int row_groups)
-      : p(p),
-        tiles(tiles),
-        offsets(offsets),
-        smem(smem),
-        row_tiles(row_tiles),
-        k_tiles(k_tiles),
-        row_groups(row_groups),
-        index(blockIdx.x) {
-#pragma unroll
-    for (int i = 0; i < S::WEIGHT_CHUNKS; ++i) {
-      const int chunk = threadIdx.x + i * S::THREADS, row_tile = chunk / (S::KT * TILE_CHUNKS);
-      weight_offset[i] = row_tile * k_tiles * TILE_BYTES + (chunk - row_tile * S::KT * TILE_CHUNKS) * 16;
-    }
+  __device__ __forceinline__ Loader(const Gemm& p, const Shared<S>& shared)
+      : p(p), shared(shared), row_tiles(p.rows / TILE), k_tiles(p.K / TILE) {
     begin_item();
   }
 
+  // Where a row tile or a token doesn't exist, the last one is copied in its place and what comes of it not stored.
   __device__ __forceinline__ void begin_item() {
-    const bool exists = item.find(index, row_groups, S::TOKENS, p.experts, tiles, offsets);
-    index += gridDim.x;
-    k = 0;
-    weight_rows = 0;
+    const Item item = item_of_turn(turn++, p, shared);
+    left = k_tiles;
+    sources = 0;
+    weight_chunks = 0;
+    if (item.expert < 0) return;
+    weight_chunks = TILE_CHUNKS;
+    const int row_tile = min(Part<S>(item, row_tiles, threadIdx.x / 32).row_tile, row_tiles - 1);
+    weights = p.weights + (static_cast<int64_t>(item.expert) * row_tiles + row_tile) * k_tiles * TILE_BYTES +
+              threadIdx.x % 32 * 16;
+    tokens = reinterpret_cast<const uint8_t*>(p.in) + threadIdx.x % 4 * 16;
 #pragma unroll
-    for (int i = 0; i < S::SOURCES; ++i)
-      token_bytes[i] = -1;
-    if (!exists) return;  // from here on nothing is copied
-    const int first = item.row_group * S::ROW_TILES;
-    weights = p.weights + (static_cast<int64_t>(item.expert) * row_tiles + first) * k_tiles * TILE_BYTES;
-#pragma unroll
-    for (int i = 0; i < S::WEIGHT_CHUNKS; ++i) {
-      const int row_tile = (threadIdx.x + i * S::THREADS) / (S::KT * TILE_CHUNKS);
-      weight_rows |= (row_tile < S::ROW_TILES && first + row_tile < row_tiles) << i;
-    }
-#pragma unroll
-    for (int i = 0; i < S::SOURCES; ++i) {
-      const int chunk = threadIdx.x + i * S::THREADS, t = S::EVEN ? chunk / 4 % S::TOKENS : chunk / 4;
-      const bool live = t < item.tokens;
-      const int row = !live ? 0 : GATE_UP ? p.order[item.begin + t] : item.begin + t;
-      token_row[i] =
-          reinterpret_cast<const uint8_t*>(p.in) + static_cast<int64_t>(row) * p.K * 2 + threadIdx.x % 4 * 16;
-      token_bytes[i] = live ? 16 : (t & ~7) < item.tokens ? 0 : -1;
+    for (int i = 0; i < SOURCES; ++i) {
+      const int t = (threadIdx.x + i * THREADS) / 4, at = item.begin + min(t, item.tokens - 1);
+      row[i] = static_cast<uint32_t>(GATE_UP ? p.order[at] : at) * (p.K / 8);
+      sources += t < S::TOKENS && (t & ~7) < item.tokens;
     }
   }
 
-  // Starts the copies of one stage. No branches, so that products are scheduled in between.
-  __device__ __forceinline__ void load_stage() {
-    const uint32_t dst = smem + stage * S::STAGE_BYTES + threadIdx.x * 16;
-    const int kts = S::KT == 1 ? 1 : min(S::KT, k_tiles - k);
-#pragma unroll
-    for (int i = 0; i < S::WEIGHT_CHUNKS; ++i)
-      if ((weight_rows >> i & 1) && (kts == S::KT || (threadIdx.x + i * S::THREADS) / TILE_CHUNKS % S::KT < kts))
-        cp_async16(dst + i * S::THREADS * 16, weights + weight_offset[i]);
-#pragma unroll
-    for (int i = 0; i < S::TOKEN_CHUNKS; ++i) {
-      // In the stage: [k-tile t][token][4 chunks].
-      const int source = S::EVEN ? 0 : i % S::SOURCES;
-      const int t = S::EVEN ? (threadIdx.x + i * S::THREADS) / S::K_TILE_CHUNKS : i / S::SOURCES;
-      const int chunk = S::EVEN ? i * S::THREADS : t * S::K_TILE_CHUNKS + source * S::THREADS;
-      if (t < kts && token_bytes[source] >= 0)
-        cp_async16(dst + S::WEIGHT_BYTES + chunk * 16, token_row[source] + t * 64, token_bytes[source]);
-    }
+  // Starts the copies of the k-tile `ahead` of the next into a stage: a warp its row tile, [token][4 chunks] all
+  // together. No branches, so that products are scheduled in between.
+  __device__ __forceinline__ void load_stage(uint32_t weight_dst, uint32_t token_dst, int ahead) {
+    load_weights(weight_dst, ahead);
+    load_tokens(token_dst, ahead);
     cp_async_commit();
   }
-
-  __device__ __forceinline__ void advance() {
-    weights += S::KT * TILE_BYTES;
+  __device__ __forceinline__ void load_weights(uint32_t weight_dst, int ahead) {
+    const int lane = threadIdx.x % 32;
 #pragma unroll
-    for (int i = 0; i < S::SOURCES; ++i)
-      token_row[i] += S::KT * 64;
-    k += S::KT;
-    if (++stage == S::STAGES) stage = 0;
-    if (k >= k_tiles) begin_item();
+    for (int i = 0; i < (TILE_CHUNKS + 31) / 32; ++i)
+      if (lane + i * 32 < weight_chunks) cp_async16(weight_dst + i * 512, weights + ahead * TILE_BYTES + i * 512);
+  }
+  __device__ __forceinline__ void load_tokens(uint32_t token_dst, int ahead) {
+#pragma unroll
+    for (int i = 0; i < SOURCES; ++i)
+      if (i < sources)
+        cp_async16(token_dst + i * THREADS * 16, tokens + static_cast<uint64_t>(row[i]) * 16 + ahead * 64);
+  }
+
+  __device__ __forceinline__ void advance(int k_tiles) {
+    weights += k_tiles * TILE_BYTES;
+    tokens += k_tiles * 64;
   }
 };
 
-// acc += weights x tokens over one item, whose first stage has landed; the next item's first stage has when it returns.
-// Software-pipelined: while the tensor cores work on one half tile, the next one is decoded and the next k-tile's
-// operands are fetched, so that a warp always has products to issue.
-template <typename S, int NTA, typename L>
-__device__ __forceinline__ void main_loop(float (&acc)[2 * S::WR][S::NT][4], L& loader, uint32_t smem, int k_tiles,
-                                          int wm, int wn, int lane, int& stage) {
-  constexpr int HALVES = 2 * S::WR;  // m16 tiles of a warp
-  const uint32_t my_weights = smem + wm * S::WR * S::KT * TILE_BYTES;
-  const uint32_t my_tokens = smem + S::WEIGHT_BYTES + (wn * 8 + (lane >> 2)) * 64 + (lane & 3) * 16;
-  PackedTile tile[S::WR];
-  uint4 b[NTA];
-  auto load_weights = [&](int stage, int t) {
+// acc += weights x tokens over one item, whose first two stages have landed; the next item's have when it returns.
+// Software-pipelined: while the tensor cores work on one k-tile, the next one is decoded, its tokens are fetched and
+// the codes of the one after, so that a warp always has products to issue. NTA: n8 tiles that hold tokens, at most.
+template <int NTA, typename S, typename L>
+__device__ __forceinline__ void main_loop(S, float (&acc)[2][S::TOKEN_TILES][4], L& loader, uint32_t smem,
+                                          int token_tile, uint32_t& stage) {
+  constexpr int WEIGHT_BYTES = S::WEIGHT_BYTES, STAGE_BYTES = S::STAGE_BYTES, STAGES = S::STAGES;
+  // Tokens in registers: those of this k-tile and the next in turn; or those of one k-tile; or, where the accumulators
+  // leave no room for more, half of them, and the other half follows.
+  constexpr bool DOUBLE = (8 + 8) * NTA <= S::ROOM - 16;
+  constexpr int HELD = (8 + 4) * NTA <= S::ROOM ? NTA : NTA / 2;
+  constexpr int GROUP = HELD <= 8 ? HELD : HELD / 2;  // n8 tiles that take turns, to cover a product's latency
+  constexpr int MIDDLE = NTA / 2 / GROUP * GROUP;
+  const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
+  const uint32_t my_tile = smem + warp * TILE_BYTES + lane * 16;
+  const uint32_t my_scales = smem + warp * TILE_BYTES + TILE_CODES + (lane >> 2) * 4;
+  const uint32_t my_tokens = smem + WEIGHT_BYTES + token_tile * 512 + lane * 16;
+  const uint32_t copied_tokens = smem + WEIGHT_BYTES + threadIdx.x * 16;
+  auto after = [](uint32_t stage) { return stage + STAGE_BYTES == S::RING_BYTES ? 0 : stage + STAGE_BYTES; };
+  auto tile_of = [&](uint32_t stage) { return PackedTile{lds128(my_tile + stage), lds32(my_scales + stage)}; };
+  auto tokens_of = [&](uint32_t stage, int n) { return lds128(my_tokens + stage + n * 512); };
+
+  uint32_t next = after(stage);
+  uint4 b0[HELD], other[DOUBLE ? HELD : 1];
+  auto& b1 = [&]() -> auto& {
+    if constexpr (DOUBLE)
+      return other;
+    else
+      return b0;
+  }();
+  AFragments a0[2], a1[2];  // a tile's two halves, of this k-tile and the next in turn
+  PackedTile tile = tile_of(stage);
 #pragma unroll
-    for (int r = 0; r < S::WR; ++r)
-      tile[r] = load_tile(my_weights + stage * S::STAGE_BYTES + (r * S::KT + t) * TILE_BYTES, lane);
-  };
-  auto load_tokens = [&](int stage, int t, int n) {
-    b[n] = lds128(my_tokens + stage * S::STAGE_BYTES + t * S::TOKENS * 64 + n * S::WN * 512);
-  };
-  load_weights(stage, 0);
+  for (int n = 0; n < HELD; ++n)
+    b0[n] = tokens_of(stage, n);
+  a0[0] = decode_half_tile(tile, 0);
+  a0[1] = decode_half_tile(tile, 1);
+  tile = tile_of(next);
+
+  auto step = [&](const AFragments(&now)[2], AFragments(&then)[2], const uint4(&b)[HELD], uint4(&b_then)[HELD],
+                  int ahead) {
+    const uint32_t second = after(next);
 #pragma unroll
-  for (int n = 0; n < NTA; ++n)
-    load_tokens(stage, 0, n);
-  AFragments a = decode_half_tile(tile[0], 0);
-  for (int k = 0; k < k_tiles; k += S::KT) {
-    const int next_stage = stage + 1 == S::STAGES ? 0 : stage + 1;
+    for (int g = 0; g < NTA; g += GROUP) {
+      if (g == (DOUBLE ? 0 : NTA - HELD)) {
+        // This thread's copies of the next two stages have landed and, after the barrier, everyone's; and every warp
+        // holds what it still needs of this stage in registers: refill it.
+        cp_async_wait<STAGES - 3>();
+        __syncthreads();
+        loader.load_stage(my_tile + stage, copied_tokens + stage, ahead);
+      }
 #pragma unroll
-    for (int t = 0; t < S::KT; ++t) {
-      if (S::KT > 1 && k + t >= k_tiles) break;
-      // The next k-tile lies in this stage or the next; past the item's end it is fetched and not used.
-      const bool leaving = t + 1 == S::KT || k + t + 1 >= k_tiles;
-      const int from = leaving ? next_stage : stage, u = leaving ? 0 : t + 1;
+      for (int s = 0; s < 4; ++s) {
+        const AFragments& a = now[s % 2];
+        const int k16 = s / 2;
 #pragma unroll
-      for (int h = 0; h < HALVES; ++h) {
-        AFragments next;
-        if (h + 1 < HALVES) {
-          next = decode_half_tile(tile[(h + 1) / 2], (h + 1) % 2);
-        } else {
-          if (leaving) {
-            cp_async_wait<S::STAGES -
-                          3>();  // the next stage has landed, for this thread's copies and, after the barrier, for all
-            __syncthreads();     // and every warp holds all of this stage in registers: refill it
-            loader.load_stage();
-          }
-          load_weights(from, u);
+        for (int i = 0; i < GROUP; ++i) {
+          const int n = g + i;
+          mma_bf16(acc[s % 2][n], a.lo[2 * k16], a.hi[2 * k16], a.lo[2 * k16 + 1], a.hi[2 * k16 + 1],
+                   k16 == 0 ? b[n % HELD].x : b[n % HELD].z, k16 == 0 ? b[n % HELD].y : b[n % HELD].w);
         }
+      }
 #pragma unroll
-        for (int n = 0; n < NTA; ++n)
-          mma_bf16(acc[h][n], a.lo[0], a.hi[0], a.lo[1], a.hi[1], b[n].x, b[n].y);
-#pragma unroll
-        for (int n = 0; n < NTA; ++n) {
-          mma_bf16(acc[h][n], a.lo[2], a.hi[2], a.lo[3], a.hi[3], b[n].z, b[n].w);
-          if (h + 1 == HALVES) load_tokens(from, u, n);
-        }
-        if (h + 1 == HALVES) next = decode_half_tile(tile[0], 0);
-        a = next;
+      for (int i = 0; i < GROUP; ++i) {
+        const int n = g + i;
+        b_then[n % HELD] = n + HELD < NTA ? tokens_of(stage, n + HELD) : tokens_of(next, (n + HELD) % NTA);
+      }
+      if (g == 0) then[0] = decode_half_tile(tile, 0);
+      if (g == MIDDLE) {
+        then[1] = decode_half_tile(tile, 1);
+        tile = tile_of(second);
       }
     }
-    loader.advance();
-    stage = next_stage;
+    stage = next;
+    next = second;
+  };
+  for (int k = loader.k_tiles; k > 0;) {  // as many steps as the loader has left in its item, then its next item
+    int run = min(k, loader.left);
+    k -= run;
+    loader.left -= run;
+    for (;;) {
+      step(a0, a1, b0, b1, 0);
+      if (run == 1) {
+        a0[0] = a1[0];
+        a0[1] = a1[1];
+        if constexpr (DOUBLE)
+#pragma unroll
+          for (int n = 0; n < HELD; ++n)
+            b0[n] = b1[n];
+        loader.advance(1);
+        break;
+      }
+      step(a1, a0, b1, b0, 1);
+      loader.advance(2);
+      if ((run -= 2) == 0) break;
+    }
+    if (loader.left == 0) loader.begin_item();
   }
+}
+
+// The main loop for the fewest n8 tiles that hold all `token_tiles`.
+template <typename S, int NTA = (S::TOKEN_TILES < 2 ? S::TOKEN_TILES : 2), typename... Args>
+__device__ __forceinline__ void run(int token_tiles, Args&... args) {
+  if constexpr (NTA < S::TOKEN_TILES)
+    if (token_tiles > NTA) return run<S, (NTA + 2 < S::TOKEN_TILES ? NTA + 2 : S::TOKEN_TILES)>(token_tiles, args...);
+  main_loop<NTA>(S{}, args...);
 }
 
 template <typename S, bool GATE_UP>
 __global__ void __launch_bounds__(S::THREADS, S::BLOCKS) grouped_gemm(const Gemm p) {
   extern __shared__ __align__(128) uint8_t smem_bytes[];
   const uint32_t smem = smem_addr(smem_bytes);
-  int* const tiles = reinterpret_cast<int*>(smem_bytes + S::STAGES * S::STAGE_BYTES);
-  int* const offsets = tiles + MAX_EXPERTS + 1;
+  Shared<S>& shared = *reinterpret_cast<Shared<S>*>(smem_bytes + S::RING_BYTES);
+  constexpr int STAGES = S::STAGES, STAGE_BYTES = S::STAGE_BYTES, TOKEN_TILES = S::TOKEN_TILES;
   const int warp = threadIdx.x / 32, lane = threadIdx.x % 32, g = lane >> 2, q = lane & 3;
-  const int row_tiles = p.rows / TILE, k_tiles = p.K / TILE, row_groups = (row_tiles + S::ROW_TILES - 1) / S::ROW_TILES;
 
-  wait_for_previous_kernel();
-  for (int e = threadIdx.x; e <= p.experts; e += S::THREADS)
-    offsets[e] = p.offsets[e];
-  __syncthreads();
-  if (warp == 0)
-    count_tiles(tiles, offsets, p.experts, [](int tokens) { return (tokens + S::TOKENS - 1) / S::TOKENS; });
-  __syncthreads();
-
-  Loader<S, GATE_UP> loader(p, tiles, offsets, smem, row_tiles, k_tiles, row_groups);
-  for (int s = 0; s < S::STAGES - 1; ++s) {
-    loader.load_stage();
-    loader.advance();
+  // Gate-up waits for the grouping. An early down starts once every block of gate-up is past that wait, so the grouping
+  // is done, and fetches its first weights before gate-up's results are there.
+  if (GATE_UP || !S::EARLY) wait_for_previous_kernel();
+  if (GATE_UP && S::EARLY) let_next_kernel_start();
+  shared.tiles.prepare(p.offsets, p.experts);
+  // How many turns before it comes an item is taken: the ring runs so far ahead.
+  auto ahead = [&] { return 2 + STAGES / (p.K / TILE); };
+  if (S::TAKES) {
+    if (threadIdx.x < ahead()) shared.items[threadIdx.x] = dealt_item(threadIdx.x);
+    if (threadIdx.x == 0)
+      shared.dealt =
+          max(ahead(), shared.tiles.full[p.experts] * (p.rows / TILE / S::WARPS) / static_cast<int>(gridDim.x));
+    __syncthreads();
   }
-  cp_async_wait<S::STAGES - 2>();
+  Loader<S, GATE_UP> weights(p, shared), loader = weights;
+  auto advance = [](Loader<S, GATE_UP>& loader) {
+    loader.advance(1);
+    if (--loader.left == 0) loader.begin_item();
+  };
+  for (int s = 0; s < STAGES; ++s) {
+    weights.load_weights(smem + s * STAGE_BYTES + warp * TILE_BYTES + lane * 16, 0);
+    advance(weights);
+  }
+  if (!GATE_UP && S::EARLY) {
+    wait_for_previous_kernel();
+    let_next_kernel_start();
+  }
+  for (int s = 0; s < STAGES; ++s) {
+    loader.load_tokens(smem + s * STAGE_BYTES + S::WEIGHT_BYTES + threadIdx.x * 16, 0);
+    cp_async_commit();
+    advance(loader);
+  }
+  cp_async_wait<STAGES - 2>();
   __syncthreads();
-  Item item;
-  int stage = 0;
-  const int wm = warp % S::WM, wn = warp / S::WM;
-  for (int i = blockIdx.x; item.find(i, row_groups, S::TOKENS, p.experts, tiles, offsets); i += gridDim.x) {
-    const int first = item.row_group * S::ROW_TILES + wm * S::WR;
-    const int active = ((item.tokens + 7) / 8 + S::WN - 1) / S::WN;  // n8 tiles per warp that hold tokens
-    float acc[2 * S::WR][S::NT][4] = {};
-#define RUN(NTA) main_loop<S, NTA>(acc, loader, smem, k_tiles, wm, wn, lane, stage)
-    if constexpr (S::NT >= 8) {
-      if (active <= S::NT / 4)
-        RUN(S::NT / 4);
-      else if (active <= S::NT / 2)
-        RUN(S::NT / 2);
-      else if (active <= S::NT * 3 / 4)
-        RUN(S::NT * 3 / 4);
-      else
-        RUN(S::NT);
-    } else if constexpr (S::NT >= 2) {
-      if (active <= S::NT / 2)
-        RUN(S::NT / 2);
-      else
-        RUN(S::NT);
-    } else {
-      RUN(S::NT);
+  uint32_t stage = 0;
+  for (int turn = 0;; ++turn) {
+    const Item item = item_of_turn(turn, p, shared);
+    if (item.expert < 0) break;
+    const Part<S> part(item, p.rows / TILE, warp);
+    float acc[2][TOKEN_TILES][4] = {};
+    int token_tile = part.token_tile;
+    run<S>(part.token_tiles, acc, loader, smem, token_tile, stage);
+    int taken = 0;
+    if (S::TAKES && threadIdx.x == 0) {
+      const int later = turn + ahead();
+      taken = later < shared.dealt ? dealt_item(later) : shared.dealt * gridDim.x + atomicAdd(p.taken, 1);
     }
-#undef RUN
+    const int row = part.row_tile * TILE + 4 * g;
+    if (row < p.rows) {
+      const int token = token_tile * 8 + 2 * q;
+      const int end = min(item.tokens, (token_tile + part.token_tiles) * 8) - token;
+      const Output<GATE_UP> output(p, item.expert, item.begin + token, row);
 #pragma unroll
-    for (int r = 0; r < S::WR; ++r) {
-      if (first + r >= row_tiles) continue;
-      const int row = (first + r) * TILE + 4 * g;
-      const float4 bias = bias_of(p, item.expert, row);
+      for (int n = 0; n < TOKEN_TILES; ++n) {
+        if (n % 4 == 0 && n >= part.token_tiles) break;
 #pragma unroll
-      for (int n = 0; n < S::NT; ++n) {
-#pragma unroll
-        for (int c = 0; c < 2; ++c) {
-          const int t = (n * S::WN + wn) * 8 + 2 * q + c;
-          if (t < item.tokens) store_rows<GATE_UP>(p, item.begin + t, row, acc[2 * r][n], acc[2 * r + 1][n], c, bias);
-        }
+        for (int c = 0; c < 2; ++c)
+          output.store(p, 8 * n + c < end, 8 * n + c, acc[0][n], acc[1][n], c);
       }
     }
+    if (S::TAKES && threadIdx.x == 0) shared.items[(turn + ahead()) % TURNS] = taken;
   }
-  let_next_kernel_start();
+  if (!S::EARLY) let_next_kernel_start();
 }
 
 template <typename S, bool GATE_UP>
 const char* launch(const Gemm& p, const Device& device, cudaStream_t stream) {
-  return launch_kernel(grouped_gemm<S, GATE_UP>, device.multiprocessors * S::BLOCKS, S::THREADS, S::BYTES, stream,
+  static_assert(BYTES<S> * S::BLOCKS + (S::BLOCKS - 1) * 1024 <= MAX_SHARED_BYTES && 2 + S::STAGES < TURNS);
+  int bytes = BYTES<S>;
+  // Asks for so much shared memory that the next kernel's blocks, which may start early, can't squeeze in beside and
+  // land unevenly (a block's first KB is the system's).
+  if (S::EARLY) bytes = std::max(bytes, std::min(MAX_SHARED_BYTES, device.shared_bytes / S::BLOCKS - 1024));
+  return launch_kernel(grouped_gemm<S, GATE_UP>, device.multiprocessors * S::BLOCKS, S::THREADS, bytes, stream,
                        {device.dependent_launch}, p);
 }
 
-// Two blocks share a multiprocessor: one's barrier, start or epilogue is covered by the other's products. Few tokens:
-// 192 rows (6 x 32), which divides GPT-OSS's 2880 and 5760. Many: 64 x 64 per warp, the most that the registers hold.
-//                    WR WM WN NT KT stages blocks
-using Tokens8 = Shape<1, 6, 1, 1, 3, 4, 2>;
-using Tokens16 = Shape<1, 6, 1, 2, 2, 5, 2>;
-using Tokens32 = Shape<1, 6, 1, 4, 2, 4, 2>;
-using Tokens64 = Shape<2, 4, 1, 8, 1, 5, 2>;
+// By tokens in a tile: 192 rows divide GPT-OSS's 2880 and 5760.
+using Tokens8 = Shape<6, 8, 12, 2>;
+using Tokens16 = Shape<6, 16, 10, 2>;
+using Tokens24 = Shape<6, 24, 9, 2>;
+using Tokens40 = Shape<4, 40, 6, 3>;
+using Tokens80 = Shape<4, 80, 6, 2>;
+using Tokens96 = Shape<4, 96, 5, 2>;
+using Tokens128 = Shape<8, 128, 6, 1>;
 
-template <typename S>
-const char* both(const Gemm& gate_up, const Gemm& down, const Device& device, cudaStream_t stream) {
-  if (const char* why = launch<S, true>(gate_up, device, stream)) return why;
-  return launch<S, false>(down, device, stream);
+template <typename Do>
+auto with_shape(int variant, Do&& act) {
+  switch (variant) {
+    case 0:
+      return act(Tokens8{});
+    case 1:
+      return act(Tokens16{});
+    case 2:
+      return act(Tokens24{});
+    case 3:
+      return act(Tokens40{});
+    case 4:
+      return act(Tokens80{});
+    case 5:
+      return act(Tokens96{});
+    default:
+      return act(Tokens128{});
+  }
 }
 
 }  // namespace
 
 Footprint grouped_layer_footprint(int variant) {
-  switch (variant) {
-    case 0:
-      return {Tokens8::THREADS, Tokens8::BYTES};
-    case 1:
-      return {Tokens16::THREADS, Tokens16::BYTES};
-    case 2:
-      return {Tokens32::THREADS, Tokens32::BYTES};
-    case 3:
-      return {Tokens64::THREADS, Tokens64::BYTES};
-    case 4:
-      return wide_gemm_footprint();
-    default:
-      return {0, 0};
-  }
+  return with_shape(variant, [](auto shape) { return Footprint{shape.THREADS, BYTES<decltype(shape)>}; });
 }
 
 const char* grouped_layer_forward(const MoeArgs& args, const GroupedWorkspace& ws, int variant, const Device& device,
@@ -321,34 +493,21 @@ const char* grouped_layer_forward(const MoeArgs& args, const GroupedWorkspace& w
                      ws.act,
                      ws.offsets,
                      ws.order,
+                     ws.taken,
                      args.local_experts,
                      2 * args.I,
                      args.H,
-                     args.swiglu_oai};
-  const Gemm down{args.w2,
-                  static_cast<const uint16_t*>(args.w2_bias),
-                  ws.act,
-                  ws.y,
-                  ws.offsets,
-                  ws.order,
-                  args.local_experts,
-                  args.H,
-                  args.I,
-                  args.swiglu_oai};
-  switch (variant) {
-    case 0:
-      return both<Tokens8>(gate_up, down, device, stream);
-    case 1:
-      return both<Tokens16>(gate_up, down, device, stream);
-    case 2:
-      return both<Tokens32>(gate_up, down, device, stream);
-    case 3:
-      return both<Tokens64>(gate_up, down, device, stream);
-    case 4:
-      return wide_gemm_forward(gate_up, down, device, stream);
-    default:
-      return "grouped_layer: no such variant";
-  }
+                     args.activation};
+  const Gemm down{args.w2,        static_cast<const uint16_t*>(args.w2_bias),
+                  ws.act,         ws.y,
+                  ws.offsets,     ws.order,
+                  ws.taken + 1,   args.local_experts,
+                  args.H,         args.I,
+                  args.activation};
+  return with_shape(variant, [&](auto shape) {
+    const char* why = launch<decltype(shape), true>(gate_up, device, stream);
+    return why != nullptr ? why : launch<decltype(shape), false>(down, device, stream);
+  });
 }
 
 }  // namespace mxfp4_sm120

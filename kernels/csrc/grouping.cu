@@ -88,6 +88,7 @@ __global__ void __launch_bounds__(GROUP_THREADS) group_slots(const MoeArgs args,
 // out[token] = weighted sum over its slots, in slot order, in fp32. One thread: 4 columns.
 __global__ void __launch_bounds__(256) combine_slots(const MoeArgs args, const GroupedWorkspace ws) {
   wait_for_previous_kernel();
+  if (blockIdx.x == 0 && threadIdx.x < 2) ws.taken[threadIdx.x] = 0;
   const int columns = args.H / 4;
   const int64_t i = static_cast<int64_t>(blockIdx.x) * blockDim.x + threadIdx.x;
   if (i < static_cast<int64_t>(args.M) * columns) {

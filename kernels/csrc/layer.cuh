@@ -3,6 +3,7 @@
 #include <cuda_bf16.h>
 
 #include "decode.cuh"
+#include "moe.h"
 #include "ptx.cuh"
 
 namespace mxfp4_sm120 {
@@ -58,14 +59,12 @@ __device__ __forceinline__ AFragments decode_half_tile(const PackedTile& t, int 
 __device__ __forceinline__ float sigmoid(float x) {  // good to some 2^-21; 0 where exp(-x) is infinite
   return approximate_reciprocal(1.f + approximate_exp2(-1.4426950408889634f * x));
 }
-// GPT-OSS: min(gate, 7) * sigmoid(1.702 gate) * (clamp(up, -7, 7) + 1); otherwise silu(gate) * up. NaN stays NaN.
-__device__ __forceinline__ float activate(float gate, float up, bool swiglu_oai) {
-  if (swiglu_oai) {
-    gate = min_nan(gate, 7.f);
-    up = max_nan(min_nan(up, 7.f), -7.f);
-    return gate * sigmoid(1.702f * gate) * (up + 1.f);
-  }
-  return gate * sigmoid(gate) * up;
+// NaN stays NaN. Numbers rather than a flag: a branch would keep the compiler from overlapping one output's arithmetic
+// with another's.
+__device__ __forceinline__ float activate(float gate, float up, const Activation& a) {
+  gate = min_nan(gate, a.limit);
+  up = max_nan(min_nan(up, a.limit), -a.limit);
+  return gate * sigmoid(a.alpha * gate) * (up + a.shift);
 }
 
 // v of this lane and of those below it, added up.

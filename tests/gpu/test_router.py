@@ -26,8 +26,11 @@ def test_right(tokens: int, experts: int, hidden: int, biased: bool):
     x, weight, bias = router(tokens, experts, hidden)
     bias = bias if biased else None
     out = torch.ops.mxfp4_sm120.router_logits(x, weight, bias)
-    expected = x.double() @ weight.double().T + (bias.double() if biased else 0.0)
     assert out.shape == (tokens, experts) and out.dtype == torch.bfloat16
+    if tokens > native.ROUTER_MAX_TOKENS:  # left to torch, which may add up in BF16
+        assert torch.equal(out, torch.nn.functional.linear(x, weight, bias))
+        return
+    expected = x.double() @ weight.double().T + (bias.double() if biased else 0.0)
     # One rounding to BF16: at most half a unit in the last of 8 bits, and what float32 sums lose.
     torch.testing.assert_close(out.double(), expected, rtol=2**-8, atol=1e-5 * hidden**0.5)
 

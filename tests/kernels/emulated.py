@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import math
 import re
 import shutil
 import subprocess
@@ -16,7 +17,7 @@ from vllm_mxfp4_sm120.moe import Activation, MoEShape, MoEWeights
 
 EMULATOR = Path(__file__).with_name("emulator")
 CSRC = Path(__file__).parents[2] / "kernels" / "csrc"
-KERNELS = ("decode_layer", "dispatch", "grouped_gemm", "grouping", "router", "wide_gemm")
+KERNELS = ("decode_layer", "dispatch", "grouped_gemm", "grouping", "router")
 
 
 def build(directory: Path, csrc: Path = CSRC) -> ctypes.CDLL:
@@ -51,7 +52,7 @@ class MoeArgs(ctypes.Structure):
         ("logits_fp32", ctypes.c_bool),
         *((name, ctypes.c_void_p) for name in ("topk_ids", "topk_weights", "expert_map", "out", "workspace")),
         *((name, ctypes.c_int) for name in ("M", "H", "I", "num_experts", "local_experts", "top_k")),
-        ("swiglu_oai", ctypes.c_bool),
+        *((name, ctypes.c_float) for name in ("limit", "alpha", "shift")),
     )
 
 
@@ -106,7 +107,7 @@ class Emulated:
             *map(pointer, (expert_map, out, workspace)),
             *sizes,
             *experts,
-            shape.activation is Activation.SWIGLU_OAI,
+            *((7.0, 1.702, 1.0) if shape.activation is Activation.SWIGLU_OAI else (math.inf, 1.0, 0.0)),
         )
         error = self.library.moe(ctypes.byref(args), config)
         assert error is None, error

@@ -1,5 +1,6 @@
 // kernels/csrc/ptx.cuh, emulated: the same functions by the PTX manual's words.
 #pragma once
+#include <cstring>
 #include "cuda_bf16.h"
 
 namespace mxfp4_sm120 {
@@ -30,6 +31,12 @@ inline void let_next_kernel_start() {}
 
 inline uint4 lds128(uint32_t a) { return emu::load_shared<uint4>(a); }
 inline uint32_t lds32(uint32_t a) { return emu::load_shared<uint32_t>(a); }
+inline void store_if(bool store, void* p, uint32_t v) {
+  if (store) std::memcpy(p, &v, sizeof(v));
+}
+inline void store_if(bool store, void* p, const float (&v)[4]) {
+  if (store) std::memcpy(p, v, sizeof(v));
+}
 inline int load_acquire(const int* p) {
   emu::yield();
   return *p;
