@@ -30,9 +30,9 @@ from vllm_mxfp4_sm120.backends.base import Backend
 from vllm_mxfp4_sm120.moe import Activation, MoEShape, MoEWeights, reference, topk_softmax
 from vllm_mxfp4_sm120.platform import Machine, driver
 
-# One token and a handful (kernels for decoding); 5, 10, 20 and 37 tokens an expert on average for GPT-OSS's 4 of 16, so
-# that each tile size in between has its turn; one expert past a 128-row tile, every expert past it (for prefill).
-TOKENS = (1, 7, 20, 40, 80, 150, 1000)
+# One token and more (decoding: one and two n8 columns of tokens), then 3 to 250 tokens an expert on average for GPT-OSS's
+# 4 of 16, so that each of the native kernels that configs/tuning chooses from has its turn.
+TOKENS = (1, 7, 10, 13, 20, 40, 80, 150, 300, 1000)
 EXPERTS = 16
 # Outside every power-of-two tile, 3 and 5 scale columns where kernels want multiples of 4, and milliseconds on a CPU.
 CPU_HIDDEN, CPU_INTERMEDIATE = 96, 160

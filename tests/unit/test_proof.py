@@ -1,5 +1,7 @@
 """Proof before use: backends that are wrong, raise, hang or die are skipped and named, and the answer is remembered."""
 
+import json
+import math
 import subprocess
 import time
 from dataclasses import replace
@@ -8,7 +10,8 @@ import faulty
 import pytest
 import torch
 
-from vllm_mxfp4_sm120 import proof, selector
+from vllm_mxfp4_sm120 import config_path, proof, selector
+from vllm_mxfp4_sm120.backends import native
 from vllm_mxfp4_sm120.backends.tiled import Tiled
 from vllm_mxfp4_sm120.moe import Activation, MoEShape
 from vllm_mxfp4_sm120.platform import Machine
@@ -24,6 +27,16 @@ def cache(tmp_path, monkeypatch):
     selector.select.cache_clear()
     yield tmp_path / "cache"
     selector.select.cache_clear()
+
+
+def test_each_native_kernel_has_its_turn():
+    entries = json.loads(config_path("tuning", "default.json").read_text())["rule"]
+    rule = tuple(
+        native.Limit(i, entry.get("tokens", math.inf), entry.get("tokens_per_expert", math.inf))
+        for i, entry in enumerate(entries)
+    )
+    chosen = {native.choose(rule, tokens, tokens * GPT_OSS.top_k / proof.EXPERTS) for tokens in proof.TOKENS}
+    assert chosen == set(range(len(entries)))
 
 
 @pytest.mark.parametrize(
