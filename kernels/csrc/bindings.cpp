@@ -198,7 +198,7 @@ void moe(const Tensor& x, const Tensor& w13, const Tensor& w2, const std::option
   args.num_experts = static_cast<int>(num_experts);
   args.local_experts = static_cast<int>(local_experts);
   args.top_k = static_cast<int>(top_k);
-  args.activation = swiglu_oai ? SWIGLU_OAI : SILU;
+  args.swiglu_oai = swiglu_oai;
 
   const int64_t needed = workspace_bytes(args.M, args.H, args.I, args.local_experts, args.top_k);
   const int64_t given = size_of(workspace, "workspace", 1, 0);

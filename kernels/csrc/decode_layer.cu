@@ -307,7 +307,8 @@ __global__ void __launch_bounds__((WARPS + REDUCERS) * 32, 1)
             gate += v.x;
             up += v.y;
           }
-          const float v = activate(gate * ACCUMULATOR_SCALE + bias.x, up * ACCUMULATOR_SCALE + bias.y, args.activation);
+          const float v = activate(gate * ACCUMULATOR_SCALE + bias.x, up * ACCUMULATOR_SCALE + bias.y,
+                                   activation_of(args.swiglu_oai));
           ws.act[static_cast<int64_t>(token * args.top_k + slot) * args.I + row_tile * 16 + j] =
               __bfloat16_as_ushort(__float2bfloat16_rn(v));
         }

@@ -258,6 +258,14 @@ struct Loader {
   }
 };
 
+template <bool FIRST, typename A, typename B>
+__device__ __forceinline__ auto& first_if(A& a, B& b) {
+  if constexpr (FIRST)
+    return a;
+  else
+    return b;
+}
+
 // acc += weights x tokens over one item, whose first two stages have landed; the next item's have when it returns.
 // Software-pipelined: while the tensor cores work on one k-tile, the next one is decoded, its tokens are fetched and
 // the codes of the one after, so that a warp always has products to issue. NTA: n8 tiles that hold tokens, at most.
@@ -282,12 +290,7 @@ __device__ __forceinline__ void main_loop(S, float (&acc)[2][S::TOKEN_TILES][4],
 
   uint32_t next = after(stage);
   uint4 b0[HELD], other[DOUBLE ? HELD : 1];
-  auto& b1 = [&]() -> auto& {
-    if constexpr (DOUBLE)
-      return other;
-    else
-      return b0;
-  }();
+  auto& b1 = first_if<DOUBLE>(other, b0);
   AFragments a0[2], a1[2];  // a tile's two halves, of this k-tile and the next in turn
   PackedTile tile = tile_of(stage);
 #pragma unroll
@@ -497,13 +500,13 @@ const char* grouped_layer_forward(const MoeArgs& args, const GroupedWorkspace& w
                      args.local_experts,
                      2 * args.I,
                      args.H,
-                     args.activation};
+                     activation_of(args.swiglu_oai)};
   const Gemm down{args.w2,        static_cast<const uint16_t*>(args.w2_bias),
                   ws.act,         ws.y,
                   ws.offsets,     ws.order,
                   ws.taken + 1,   args.local_experts,
                   args.H,         args.I,
-                  args.activation};
+                  activation_of(args.swiglu_oai)};
   return with_shape(variant, [&](auto shape) {
     const char* why = launch<decltype(shape), true>(gate_up, device, stream);
     return why != nullptr ? why : launch<decltype(shape), false>(down, device, stream);

@@ -3,7 +3,6 @@
 #include <cuda_bf16.h>
 
 #include "decode.cuh"
-#include "moe.h"
 #include "ptx.cuh"
 
 namespace mxfp4_sm120 {
@@ -58,6 +57,14 @@ __device__ __forceinline__ AFragments decode_half_tile(const PackedTile& t, int 
 
 __device__ __forceinline__ float sigmoid(float x) {  // good to some 2^-21; 0 where exp(-x) is infinite
   return approximate_reciprocal(1.f + approximate_exp2(-1.4426950408889634f * x));
+}
+// gate * sigmoid(alpha gate) * (up + shift), gate clamped from above and up from both sides to `limit`: GPT-OSS's SwiGLU,
+// or silu(gate) * up.
+struct Activation {
+  float limit, alpha, shift;
+};
+__host__ __device__ __forceinline__ Activation activation_of(bool swiglu_oai) {
+  return swiglu_oai ? Activation{7.f, 1.702f, 1.f} : Activation{INFINITY, 1.f, 0.f};
 }
 // NaN stays NaN. Numbers rather than a flag: a branch would keep the compiler from overlapping one output's arithmetic
 // with another's.

@@ -3,18 +3,11 @@
 #include <cuda_runtime_api.h>
 
 #include <cstdint>
-#include <limits>
 
 namespace mxfp4_sm120 {
 
 // The workspace's first bytes are counters, zeroed once by the caller and left zero by every call.
 constexpr int COUNTER_BYTES = 64 * 1024;
-
-// gate * sigmoid(alpha gate) * (up + shift), gate clamped from above and up from both sides to `limit`.
-struct Activation {
-  float limit, alpha, shift;
-};
-constexpr Activation SWIGLU_OAI{7.f, 1.702f, 1.f}, SILU{std::numeric_limits<float>::infinity(), 1.f, 0.f};
 
 struct MoeArgs {              // all pointers on the current device
   const void* x;              // bf16 [M, H]
@@ -30,7 +23,7 @@ struct MoeArgs {              // all pointers on the current device
   void* out;                  // bf16 [M, H]
   uint8_t* workspace;         // workspace_bytes(...) bytes, 256-byte aligned
   int M, H, I, num_experts, local_experts, top_k;
-  Activation activation;
+  bool swiglu_oai;  // else silu(gate) * up
 };
 
 // The router: few tokens at most, rows no longer than this (more are a GEMM library's business).

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import ctypes
-import math
 import re
 import shutil
 import subprocess
@@ -52,7 +51,7 @@ class MoeArgs(ctypes.Structure):
         ("logits_fp32", ctypes.c_bool),
         *((name, ctypes.c_void_p) for name in ("topk_ids", "topk_weights", "expert_map", "out", "workspace")),
         *((name, ctypes.c_int) for name in ("M", "H", "I", "num_experts", "local_experts", "top_k")),
-        *((name, ctypes.c_float) for name in ("limit", "alpha", "shift")),
+        ("swiglu_oai", ctypes.c_bool),
     )
 
 
@@ -107,7 +106,7 @@ class Emulated:
             *map(pointer, (expert_map, out, workspace)),
             *sizes,
             *experts,
-            *((7.0, 1.702, 1.0) if shape.activation is Activation.SWIGLU_OAI else (math.inf, 1.0, 0.0)),
+            shape.activation is Activation.SWIGLU_OAI,
         )
         error = self.library.moe(ctypes.byref(args), config)
         assert error is None, error
