@@ -8,7 +8,8 @@
 made-up weights; any other name is vLLM's own `--quantization mxfp4` with that `--moe-backend`. "-tp2" or "-ep2" after
 a name means two GPUs, tensor or expert parallel. A directory with nothing but config.json will do, with --engine
 '{"load_format": "dummy"}'. Prompts are random tokens, answers ignore the end of text, and everything is served until
-it gets no faster. Every choice also answers the same prompts greedily, and is compared in that with the first choice.
+it gets no faster and compiles nothing. Every choice also answers the same prompts greedily, and is compared in that
+with the first choice.
 """
 
 from __future__ import annotations
@@ -33,8 +34,8 @@ LOADED = re.compile(r"Model loading took ([\d.]+) GiB memory and ([\d.]+) second
 KV_CACHE = re.compile(r"KV cache size: ([\d,]+) tokens")
 COMPILED = re.compile(r"ompilation during inference: (\S+?)[. ]")
 PROMPT_TOKENS, ANSWER_TOKENS = 128, 256
-# What is served again takes as long as before, give or take this, once nothing is compiled or tuned any more.
-SETTLED, MOST_ROUNDS = 0.97, 5
+# What is served again takes as long as before, give or take this, and compiles nothing: then it was measured.
+SETTLED, MOST_ROUNDS = 0.97, 9
 # Decode steps that --profile looks at: what a long answer takes longer than a short one.
 SHORT, LONG = 8, 72
 # Answers are compared token by token. Two tokens are tied if both engines list both, and agree on their
@@ -82,12 +83,16 @@ def measure(task: dict[str, Any]) -> dict[str, Any]:
         llm.generate(inputs, sampling(answer_tokens), use_tqdm=False)
         return time.perf_counter() - begun
 
+    def compiled() -> int:
+        return len(COMPILED.findall(Path(task["log"]).read_text()))
+
     def seconds(*load: int) -> float:
-        best = serve(*load)
-        for _ in range(MOST_ROUNDS - 1):
-            took, before = serve(*load), best
+        best = float("inf")
+        for _ in range(MOST_ROUNDS):
+            compiled_before, best_before = compiled(), best
+            took = serve(*load)
             best = min(best, took)
-            if took > SETTLED * before:
+            if took > SETTLED * best_before and compiled() == compiled_before:
                 break
         return best
 
@@ -240,7 +245,7 @@ def main() -> None:
     logs.mkdir(parents=True, exist_ok=True)
     longest = max(2 * given.long, PROMPT_TOKENS + max(given.answer_tokens, COMPARED_TOKENS, LONG))
     most = max(COMPARED_PROMPTS, *given.concurrent, *given.profile)
-    room = {"max_model_len": longest, "max_num_seqs": most, "skip_tokenizer_init": True}
+    room = {"max_model_len": longest, "max_num_seqs": most, "skip_tokenizer_init": True, "jit_monitor_verbose": True}
     results: dict[str, Any] = {}
     answers: dict[str, list[Answer]] = {}
     try:
@@ -248,14 +253,15 @@ def main() -> None:
     except ValueError as error:
         parser.error(str(error))
     for choice, arguments in choices.items():
+        log = logs / f"{choice.replace(':', '-')}.log"
         task = {
             "engine": {"model": given.model, **room, **arguments, **given.engine},
+            "log": str(log),
             "concurrent": given.concurrent,
             "profile": given.profile,
             "answer_tokens": given.answer_tokens,
             "long": given.long,
         }
-        log = logs / f"{choice.replace(':', '-')}.log"
         begun = time.perf_counter()
         try:
             measured = in_a_process(task, log)

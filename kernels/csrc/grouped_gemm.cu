@@ -34,7 +34,7 @@ struct Gemm {
 // Where a thread's outputs go. Column c (0 or 1) of two m16 tiles' accumulators is four adjacent rows of one slot.
 template <bool GATE_UP>
 struct Output {
-  uint8_t* first;  // of slot `first`
+  uint8_t* first;  // in the first slot
   int stride;      // bytes from a slot to the next
   float4 bias;
 

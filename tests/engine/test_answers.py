@@ -8,6 +8,7 @@ import subprocess
 from dataclasses import replace
 from itertools import cycle
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -22,7 +23,6 @@ from vllm_mxfp4_sm120.mxfp4 import BLOCK
 from vllm_mxfp4_sm120.selector import Choice
 
 TOLERANCE = 2e-2  # of a log-probability
-two_ranks = pytest.mark.skipif(torch.cuda.device_count() == 1, reason="two ranks need two GPUs, or none")
 
 
 def assert_ours(answers: Answers, config: dict, choice: Choice, tp: int = 1, ep: int = 1, pp: int = 1) -> None:
@@ -73,44 +73,33 @@ def test_the_comparison_sees_the_experts(transformers_model, expected: Answers, 
     assert min(differences) > 10 * TOLERANCE
 
 
-@two_ranks
-def test_tensor_parallel(
-    tiny: Path, prompts: list[list[int]], tmp_path: Path, offline: Answers, tiny_config: dict, choice: Choice
+# On CPUs vLLM makes room for what a pipeline's second rank receives only as it compiles.
+TRACED_ONLY = {"compilation_config": {"mode": CompilationMode.DYNAMO_TRACE_ONCE, "backend": "eager"}}
+
+
+@pytest.mark.skipif(torch.cuda.device_count() == 1, reason="two ranks need two GPUs, or none")
+@pytest.mark.parametrize(
+    ("ranks", "engine"),
+    [
+        ({"tp": 2}, {"enforce_eager": True, "tensor_parallel_size": 2}),  # 3 and 2 of the 5 blocks of I
+        ({"ep": 2}, {"enforce_eager": True, "tensor_parallel_size": 2, "enable_expert_parallel": True}),
+        ({"pp": 2}, {**TRACED_ONLY, "pipeline_parallel_size": 2}),
+    ],
+    ids=["tensor", "expert", "pipeline"],
+)
+def test_two_ranks(
+    tiny: Path,
+    prompts: list[list[int]],
+    tmp_path: Path,
+    offline: Answers,
+    tiny_config: dict,
+    choice: Choice,
+    ranks: dict[str, int],
+    engine: dict[str, Any],
 ) -> None:
-    """Two ranks with 3 and 2 of the 5 blocks of the intermediate size."""
-    answers = generate(tiny, prompts, tmp_path, quantization="mxfp4_sm120", enforce_eager=True, tensor_parallel_size=2)
-    assert_ours(answers, tiny_config, choice, tp=2)
-    assert answers.worst_difference(offline) < TOLERANCE
-
-
-@two_ranks
-def test_expert_parallel(
-    tiny: Path, prompts: list[list[int]], tmp_path: Path, offline: Answers, tiny_config: dict, choice: Choice
-) -> None:
-    """Two ranks with half of the experts each."""
-    answers = generate(
-        tiny,
-        prompts,
-        tmp_path,
-        quantization="mxfp4_sm120",
-        enforce_eager=True,
-        tensor_parallel_size=2,
-        enable_expert_parallel=True,
-    )
-    assert_ours(answers, tiny_config, choice, ep=2)
-    assert answers.worst_difference(offline) < TOLERANCE
-
-
-@two_ranks
-def test_pipeline_parallel(
-    tiny: Path, prompts: list[list[int]], tmp_path: Path, offline: Answers, tiny_config: dict, choice: Choice
-) -> None:
-    """Two ranks with one layer each. On CPUs vLLM makes room for what the second receives only as it compiles."""
-    traced_only = {"mode": CompilationMode.DYNAMO_TRACE_ONCE, "backend": "eager"}
-    answers = generate(
-        tiny, prompts, tmp_path, quantization="mxfp4_sm120", compilation_config=traced_only, pipeline_parallel_size=2
-    )
-    assert_ours(answers, tiny_config, choice, pp=2)
+    """A shard of every expert, half of the experts, or half of the layers each."""
+    answers = generate(tiny, prompts, tmp_path, quantization="mxfp4_sm120", **engine)
+    assert_ours(answers, tiny_config, choice, **ranks)
     assert answers.worst_difference(offline) < TOLERANCE
 
 

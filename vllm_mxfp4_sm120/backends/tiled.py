@@ -11,10 +11,11 @@ import torch
 from torch import Tensor
 
 from vllm_mxfp4_sm120 import envs, mxfp4
-from vllm_mxfp4_sm120.backends.base import Backend, Prepared
+from vllm_mxfp4_sm120.backends.base import Prepared
+from vllm_mxfp4_sm120.backends.eager import Eager
 from vllm_mxfp4_sm120.moe import MoEShape, MoEWeights, activate
 from vllm_mxfp4_sm120.platform import Machine
-from vllm_mxfp4_sm120.routing import Grouped, Routing, Segment
+from vllm_mxfp4_sm120.routing import Grouped, Segment
 
 # A decoded tile is TILE_ROWS x TILE_K values: 2 MB in BF16, 4 MB in the CPU's float32. That stays in a CPU's or GPU's
 # last cache between decoding and multiplying, and is large enough that launching the dozen operations isn't what takes
@@ -23,12 +24,10 @@ TILE_ROWS = 360
 TILE_K = 2880  # a multiple of the block of 32
 
 
-class Tiled(Backend):
+class Tiled(Eager):
     """Decodes only the experts that tokens chose, tile by tile."""
 
     name = "tiled"
-    capturable = False  # which experts to decode depends on the data, and the host has to know
-    compiled = False
 
     @classmethod
     def why_not(cls, machine: Machine, shape: MoEShape) -> str | None:
@@ -37,60 +36,32 @@ class Tiled(Backend):
     def prepare(self, weights: MoEWeights) -> dict[str, Tensor]:
         return {name: tensor for name, tensor in vars(weights).items() if tensor is not None}
 
-    def forward(
-        self,
-        prepared: Prepared,
-        x: Tensor,
-        topk_ids: Tensor,
-        topk_weights: Tensor,
-        expert_map: Tensor | None = None,
-    ) -> Tensor:
-        weights = MoEWeights(**prepared)
-        local_ids = topk_ids if expert_map is None else expert_map[topk_ids.long()]
-        grouped = Routing.from_topk(local_ids, topk_weights).group()
-        # A row for every chosen (token, expert) pair: no two experts add to the same place, so order can't change bits.
-        pairs = torch.zeros(topk_ids.numel(), x.shape[1], dtype=torch.float32, device=x.device)
-        segments = [segment for segment in grouped.segments() if segment.expert >= 0]
+    def run(self, prepared: Prepared, segments: list[Segment], grouped: Grouped, x: Tensor, pairs: Tensor) -> None:
+        """Deal the experts out to the streams that are asked for; the current stream goes on when all are done."""
         streams = _side_streams(x.device, envs.MOE_STREAMS.get()) if x.is_cuda else ()
         if not streams:
-            for segment in segments:
-                self._expert(weights, segment, grouped, x, pairs)
+            super().run(prepared, segments, grouped, x, pairs)
         else:
-            self._on_streams(streams, weights, segments, grouped, x, pairs)
-        out = pairs.view(*topk_ids.shape, x.shape[1]).sum(1).to(x.dtype)
+            current = torch.cuda.current_stream(x.device)
+            for stream in streams:
+                stream.wait_stream(current)
+                # The allocator must not hand these out again while the stream uses them, even if an error ends this
+                # early.
+                for tensor in (x, pairs, grouped.order, grouped.routing.token, grouped.routing.gate):
+                    tensor.record_stream(stream)
+            for turn, segment in enumerate(segments):
+                with torch.cuda.stream(streams[turn % len(streams)]):
+                    self.run_expert(prepared, segment, grouped, x, pairs)
+            for stream in streams:
+                current.wait_stream(stream)
         if x.is_cuda and envs.DEBUG_EMPTY_CACHE.get():
             torch.cuda.empty_cache()
-        return out
 
-    def _on_streams(
-        self,
-        streams: tuple[torch.cuda.Stream, ...],
-        weights: MoEWeights,
-        segments: list[Segment],
-        grouped: Grouped,
-        x: Tensor,
-        pairs: Tensor,
-    ) -> None:
-        """Deal the experts out to the streams; the current stream goes on when all are done."""
-        current = torch.cuda.current_stream(x.device)
-        for stream in streams:
-            stream.wait_stream(current)
-            # The allocator must not hand these out again while the stream uses them, even if an error ends this early.
-            for tensor in (x, pairs, grouped.order, grouped.routing.token, grouped.routing.gate):
-                tensor.record_stream(stream)
-        for turn, segment in enumerate(segments):
-            with torch.cuda.stream(streams[turn % len(streams)]):
-                self._expert(weights, segment, grouped, x, pairs)
-        for stream in streams:
-            current.wait_stream(stream)
-
-    def _expert(self, weights: MoEWeights, segment: Segment, grouped: Grouped, x: Tensor, pairs: Tensor) -> None:
-        """Write one expert's share, its gates applied, to its rows of pairs float32 [M * k, H]."""
-        expert, rows = segment.expert, slice(segment.start, segment.stop)
-        hidden = matmul(x[grouped.routing.token[rows]], weights.w13, weights.w13_scale, weights.w13_bias, expert)
+    def answer(self, prepared: Prepared, expert: int, x: Tensor) -> Tensor:
+        weights = MoEWeights(**prepared)
+        hidden = matmul(x, weights.w13, weights.w13_scale, weights.w13_bias, expert)
         activated = activate(hidden, self.shape.activation).to(x.dtype)
-        down = matmul(activated, weights.w2, weights.w2_scale, weights.w2_bias, expert)
-        pairs.index_copy_(0, grouped.order[rows], down.mul_(grouped.routing.gate[rows, None]))
+        return matmul(activated, weights.w2, weights.w2_scale, weights.w2_bias, expert)
 
 
 @lru_cache
