@@ -151,7 +151,7 @@ def in_a_process(task: dict[str, Any], log: Path) -> dict[str, Any]:
     """`measure` in a process of its own, whose words go to `log`. Raises CalledProcessError if it fails."""
     result = log.with_suffix(".json")
     with log.open("w") as words:
-        command = [sys.executable, __file__, "--measure", json.dumps(task), str(result)]
+        command = [sys.executable, __file__, "--measure", json.dumps(task | {"log": str(log)}), str(result)]
         subprocess.run(command, stdout=words, stderr=subprocess.STDOUT, check=True)
     return json.loads(result.read_text())
 
@@ -253,15 +253,14 @@ def main() -> None:
     except ValueError as error:
         parser.error(str(error))
     for choice, arguments in choices.items():
-        log = logs / f"{choice.replace(':', '-')}.log"
         task = {
             "engine": {"model": given.model, **room, **arguments, **given.engine},
-            "log": str(log),
             "concurrent": given.concurrent,
             "profile": given.profile,
             "answer_tokens": given.answer_tokens,
             "long": given.long,
         }
+        log = logs / f"{choice.replace(':', '-')}.log"
         begun = time.perf_counter()
         try:
             measured = in_a_process(task, log)

@@ -44,16 +44,11 @@ Workspace carve(uint8_t* base, int M, int H, int I, int local_experts, int top_k
   return w;
 }
 
-// The dispatch table; `config` in moe_forward indexes it. A grouped configuration is named after its token tile.
-struct Config {
-  const char* name;
-  int variant;  // of grouped_gemm; -1: the decode kernel
-};
-constexpr Config CONFIGS[] = {
-    {"decode", -1},  {"tokens8", 0},  {"tokens16", 1}, {"tokens24", 2},
-    {"tokens40", 3}, {"tokens80", 4}, {"tokens96", 5}, {"tokens128", 6},
-};
-constexpr int DECODE = 0, FEW_TOKENS = 1, CONFIG_COUNT = sizeof(CONFIGS) / sizeof(CONFIGS[0]);
+// The dispatch table; `config` in moe_forward indexes it. After the decode kernel come grouped_gemm's variants, in
+// their order, each named after its token tile.
+constexpr const char* CONFIGS[] = {"decode",   "tokens8",  "tokens16", "tokens24",
+                                   "tokens40", "tokens80", "tokens96", "tokens128"};
+constexpr int DECODE = 0, FIRST_GROUPED = 1, CONFIG_COUNT = sizeof(CONFIGS) / sizeof(CONFIGS[0]);
 
 }  // namespace
 
@@ -61,9 +56,10 @@ constexpr int DECODE = 0, FEW_TOKENS = 1, CONFIG_COUNT = sizeof(CONFIGS) / sizeo
 const char* launch_table() {
   static const std::string table = [] {
     std::string text;
-    for (const Config& c : CONFIGS) {
-      const Footprint f = c.variant < 0 ? decode_layer_footprint() : grouped_layer_footprint(c.variant);
-      text += std::string(c.name) + " " + std::to_string(f.threads) + " " + std::to_string(f.shared_bytes) + "\n";
+    for (int config = 0; config < CONFIG_COUNT; ++config) {
+      const Footprint f = config == DECODE ? decode_layer_footprint() : grouped_layer_footprint(config - FIRST_GROUPED);
+      text +=
+          std::string(CONFIGS[config]) + " " + std::to_string(f.threads) + " " + std::to_string(f.shared_bytes) + "\n";
     }
     return text;
   }();
@@ -92,10 +88,10 @@ const char* moe_forward(const MoeArgs& args, int config, cudaStream_t stream) {
   if (const char* why = current_device(device)) return why;
   const Workspace ws = carve(args.workspace, args.M, args.H, args.I, args.local_experts, args.top_k);
   if (config < 0 || config >= CONFIG_COUNT) return "no such configuration";
-  if (config == DECODE && !decode_layer_takes(args)) config = FEW_TOKENS;
+  if (config == DECODE && !decode_layer_takes(args)) config = FIRST_GROUPED;
   if (config == DECODE) return decode_layer_forward(args, ws.decode, device, stream);
   if (const char* why = route_and_group(args, ws.grouped, device, stream)) return why;
-  if (const char* why = grouped_layer_forward(args, ws.grouped, CONFIGS[config].variant, device, stream)) return why;
+  if (const char* why = grouped_layer_forward(args, ws.grouped, config - FIRST_GROUPED, device, stream)) return why;
   return combine(args, ws.grouped, device, stream);
 }
 

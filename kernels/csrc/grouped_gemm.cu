@@ -501,11 +501,16 @@ const char* grouped_layer_forward(const MoeArgs& args, const GroupedWorkspace& w
                      2 * args.I,
                      args.H,
                      activation_of(args.swiglu_oai)};
-  const Gemm down{args.w2,        static_cast<const uint16_t*>(args.w2_bias),
-                  ws.act,         ws.y,
-                  ws.offsets,     ws.order,
-                  ws.taken + 1,   args.local_experts,
-                  args.H,         args.I,
+  const Gemm down{args.w2,
+                  static_cast<const uint16_t*>(args.w2_bias),
+                  ws.act,
+                  ws.y,
+                  ws.offsets,
+                  ws.order,
+                  ws.taken + 1,
+                  args.local_experts,
+                  args.H,
+                  args.I,
                   activation_of(args.swiglu_oai)};
   return with_shape(variant, [&](auto shape) {
     const char* why = launch<decltype(shape), true>(gate_up, device, stream);

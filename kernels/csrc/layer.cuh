@@ -58,8 +58,8 @@ __device__ __forceinline__ AFragments decode_half_tile(const PackedTile& t, int 
 __device__ __forceinline__ float sigmoid(float x) {  // good to some 2^-21; 0 where exp(-x) is infinite
   return approximate_reciprocal(1.f + approximate_exp2(-1.4426950408889634f * x));
 }
-// gate * sigmoid(alpha gate) * (up + shift), gate clamped from above and up from both sides to `limit`: GPT-OSS's SwiGLU,
-// or silu(gate) * up.
+// gate * sigmoid(alpha gate) * (up + shift), gate clamped from above and up from both sides to `limit`: GPT-OSS's
+// SwiGLU, or silu(gate) * up.
 struct Activation {
   float limit, alpha, shift;
 };

@@ -86,7 +86,6 @@ class Emulated:
         self.w13 = aligned(tile_experts(weights.w13.clone(), weights.w13_scale.clone(), "w13"))
         self.w2 = aligned(tile_experts(weights.w2.clone(), weights.w2_scale.clone(), "w2"))
         self.biases = [None if bias is None else aligned(bias) for bias in (weights.w13_bias, weights.w2_bias)]
-        self.counters = torch.zeros(0, dtype=torch.uint8)
 
     def __call__(self, x: Tensor, logits: Tensor, config: int, expert_map: Tensor | None = None) -> Tensor:
         shape = self.shape
