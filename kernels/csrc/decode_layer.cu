@@ -2,10 +2,11 @@
 // once.
 //
 // A persistent grid, one block per multiprocessor. An item is 32 weight rows of one active expert; a block owns a run
-// of gate-up items, then a run of down items. Each of its main warps owns the same slice of K of every item and streams
-// it through a ring of its own; a few reducer warps add the slices up, apply bias and activation, and write. Main warps
-// so never wait for anything but their weights, and the ring runs ahead over the seam between the two GEMMs:
-// down-projection weights are in flight while the last activations are still being made.
+// of gate-up items, then a run of down items. Its warps have three trades. One copies weights into a ring of stages,
+// each a stretch of an item's K. The main warps share every stage, so each has the same slice of K of all items, and
+// multiply. Reducers add the slices up, apply bias and activation, and write. Main warps so never wait for anything but
+// weights, and the ring runs ahead over the seam between the two GEMMs: down-projection weights are in flight while the
+// last activations are still being made.
 //
 // All tokens are columns of every active expert's product (8 or 16 of them): a column whose token did not choose the
 // expert costs nothing that matters here (the tensor cores idle) and is ignored afterwards. A warp's slice of the input
@@ -38,23 +39,55 @@ struct RoutingTable {
   float weight[TOKENS][MAX_TOP_K];
 };
 
-template <int WARPS, int RING, int CHUNK, int TOKENS>
-struct Layout {
-  static constexpr int red_floats = WARPS * TOKENS * RED_PITCH;
-  static constexpr int red = WARPS * RING * CHUNK * TILE_BYTES;  // two buffers, so that sums and products overlap
-  static constexpr int bars = red + 2 * red_floats * 4;          // one for each stage of each warp's ring
-  static constexpr int routing = bars + WARPS * RING * 8;
-  static constexpr int bytes = routing + static_cast<int>(sizeof(RoutingTable<TOKENS>));
+// A ring's stages pass from those who fill them to those who empty them and back: two mbarriers each.
+struct Ring {
+  uint32_t bars;
+  int size, stage = 0, parity = 0;
+  __device__ __forceinline__ void init(int fillers, int users) const {
+    for (int s = 0; s < size; ++s) {
+      mbar_init(bars + s * 16, fillers);
+      mbar_init(bars + s * 16 + 8, users);
+    }
+  }
+  __device__ __forceinline__ uint32_t full() const { return bars + stage * 16; }
+  __device__ __forceinline__ uint32_t empty() const { return bars + stage * 16 + 8; }
+  __device__ __forceinline__ void wait_full() const { mbar_wait(full(), parity); }
+  __device__ __forceinline__ void wait_empty() const { mbar_wait(empty(), parity ^ 1); }  // at once in the first round
+  __device__ __forceinline__ void advance() {
+    if (++stage == size) {
+      stage = 0;
+      parity ^= 1;
+    }
+  }
+};
+
+// MAIN warps multiply, REDUCERS add up. A stage of the weights' ring holds EACH tiles for each main warp; an item has
+// STAGES at most, the ring RING. NT column tiles of 8 tokens.
+template <int MAIN_, int REDUCERS_, int EACH_, int STAGES_, int RING_, int NT_>
+struct Shape {
+  static constexpr int MAIN = MAIN_, REDUCERS = REDUCERS_, EACH = EACH_, STAGES = STAGES_, RING = RING_, NT = NT_;
+  static constexpr int TOKENS = 8 * NT, COPIER = MAIN + REDUCERS, THREADS = 32 * (COPIER + 1);
+  static constexpr int STAGE_TILES = MAIN * EACH, STAGE_BYTES = STAGE_TILES * TILE_BYTES;
+  static constexpr int MAX_K = STAGES * STAGE_TILES * TILE;
+  // Shared memory: weights, two buffers of sums (so that adding up and multiplying overlap), barriers, the routing.
+  static constexpr int SUM_FLOATS = MAIN * TOKENS * RED_PITCH, SUM_BUFFERS = 2;
+  static constexpr int SUMS = RING * STAGE_BYTES, BARS = SUMS + SUM_BUFFERS * SUM_FLOATS * 4;
+  static constexpr int ROUTING = BARS + (RING + SUM_BUFFERS) * 16;
+  static constexpr int BYTES = ROUTING + static_cast<int>(sizeof(RoutingTable<TOKENS>));
+  static_assert(BYTES <= MAX_SHARED_BYTES);
 };
 
 template <int TOKENS>
-__device__ __forceinline__ void build_routing(const MoeArgs& args, RoutingTable<TOKENS>& rt, int warp, int lane) {
-  const int tid = warp * 32 + lane, words = (args.local_experts + 31) / 32;
-  if (tid < MAX_EXPERTS / 32) rt.active_mask[tid] = 0;
-  for (int i = tid; i < rt.SLOTS * TOKENS / 4; i += blockDim.x)
+__device__ __forceinline__ void clear_routing(RoutingTable<TOKENS>& rt) {
+  if (threadIdx.x < MAX_EXPERTS / 32) rt.active_mask[threadIdx.x] = 0;
+  for (int i = threadIdx.x; i < rt.SLOTS * TOKENS / 4; i += blockDim.x)
     reinterpret_cast<uint32_t*>(rt.slot)[i] = ~0u;
-  __syncthreads();
-  for (int token = warp; token < args.M; token += blockDim.x / 32) {
+}
+
+template <int TOKENS>
+__device__ __forceinline__ void build_routing(const MoeArgs& args, RoutingTable<TOKENS>& rt, int warp, int lane) {
+  const int warps = blockDim.x / 32, words = (args.local_experts + 31) / 32;
+  for (int token = warps - 1 - warp; token < args.M; token += warps) {  // main warps last: they have inputs to load
     const Choice c = route_token(args, token, lane, /*merge=*/true);
     if (lane < MAX_TOP_K) {
       rt.choice[token][lane] = c.expert;
@@ -70,14 +103,14 @@ __device__ __forceinline__ void build_routing(const MoeArgs& args, RoutingTable<
       n += __popc(rt.active_mask[i]);
     return n;
   };
-  for (int s = tid; s < args.M * MAX_TOP_K; s += blockDim.x) {
+  for (int s = threadIdx.x; s < args.M * MAX_TOP_K; s += blockDim.x) {
     const int token = s / MAX_TOP_K, e = rt.choice[token][s % MAX_TOP_K];
     if (e < 0) continue;
     const int a = rank(e);
     rt.expert[a] = e;  // the same value from every token that chose it
     rt.slot[a][token] = static_cast<int8_t>(s % MAX_TOP_K);
   }
-  if (tid == blockDim.x - 1) {
+  if (threadIdx.x == blockDim.x - 1) {
     int n = 0;
     for (int i = 0; i < words; ++i)
       n += __popc(rt.active_mask[i]);
@@ -86,161 +119,160 @@ __device__ __forceinline__ void build_routing(const MoeArgs& args, RoutingTable<
   __syncthreads();
 }
 
-// One GEMM: its matrix, and this block's run of items (expert-major: active expert, then row tile).
-struct Phase {
-  const uint8_t* weights;
-  int row_tiles, k_tiles, first, count;
+// A block's items, one after the other: in each phase a run of them. Phases are gate-up of the first experts and of the
+// rest, then down of the first and of the rest, so that down begins with what was finished long ago.
+struct Walk {
+  static constexpr int WAVES = 2;
+  int gate_up_tiles, down_tiles, experts;  // row tiles of an expert; active experts
+  int phase = -1, left = 0, first = 0;     // items left of this phase's run; the block that gets the first item
+  int active, row_tile, row_tiles;         // place among the active experts, row tile of how many
+
+  __device__ __forceinline__ Walk(const MoeArgs& args, int experts)
+      : gate_up_tiles(2 * args.I / TILE), down_tiles(args.H / TILE), experts(experts) {
+    step();
+  }
+  __device__ __forceinline__ bool more() const { return phase < 2 * WAVES; }
+  __device__ __forceinline__ bool second() const { return phase >= WAVES; }
+  __device__ __forceinline__ void step() {
+    if (--left > 0) {
+      if (++row_tile == row_tiles) {
+        row_tile = 0;
+        ++active;
+      }
+      return;
+    }
+    // Runs of a phase differ by one item at most; the longer ones begin where the last phase's ended.
+    const int blocks = gridDim.x;
+    for (;;) {
+      if (++phase == 2 * WAVES) return;
+      row_tiles = second() ? down_tiles : gate_up_tiles;
+      const int wave = phase % WAVES, begin = experts * wave / WAVES, end = experts * (wave + 1) / WAVES;
+      const int items = (end - begin) * row_tiles, each = items / blocks, longer = items - each * blocks;
+      const int rank = blockIdx.x - first + (static_cast<int>(blockIdx.x) < first ? blocks : 0);
+      first += longer;
+      if (first >= blocks) first -= blocks;
+      left = each + (rank < longer);
+      if (left == 0) continue;
+      const int item = rank * each + min(rank, longer);
+      active = item / row_tiles;
+      row_tile = item - active * row_tiles;
+      active += begin;
+      return;
+    }
+  }
 };
 
-// Runs differ by one item at most; `rank` says who gets the longer ones.
-__device__ __forceinline__ Phase share(const uint8_t* weights, int rows, int k, int experts, int rank) {
-  const int items = experts * (rows / TILE), each = items / gridDim.x, longer = items - each * gridDim.x;
-  return {weights, rows / TILE, k / TILE, rank * each + min(rank, longer), each + (rank < longer)};
+// The copier's work: the weights of the block's items, a stage after another.
+template <typename S>
+__device__ __forceinline__ void copy_weights(Ring ring, uint32_t stages, Walk at, const MoeArgs& args,
+                                             const int* experts, int lane) {
+#pragma unroll 1
+  for (; at.more(); at.step()) {
+    const int item_bytes = (at.second() ? args.I : args.H) / TILE * TILE_BYTES;
+    const uint8_t* src = (at.second() ? args.w2 : args.w13) +
+                         (static_cast<int64_t>(experts[at.active]) * at.row_tiles + at.row_tile) * item_bytes;
+#pragma unroll 1
+    for (int left = item_bytes; left > 0; left -= S::STAGE_BYTES) {
+      const int bytes = min(left, S::STAGE_BYTES);
+      const uint32_t dst = stages + ring.stage * S::STAGE_BYTES;
+      ring.wait_empty();
+#if __CUDA_ARCH__ >= 900
+      mbar_expect(ring.full(), bytes);
+      bulk_copy(dst, src, bytes, ring.full());
+#else
+      for (int i = lane * 16; i < bytes; i += 512)
+        cp_async16(dst + i, src + i);
+      mbar_arrive_after_copies(ring.full());
+#endif
+      src += bytes;
+      ring.advance();
+    }
+  }
 }
 
-template <int WARPS, int KPW, int RING, int CHUNK, int REDUCERS, int NT>
-__global__ void __launch_bounds__((WARPS + REDUCERS) * 32, 1)
-    decode_layer(const MoeArgs args, const DecodeWorkspace ws) {
-  constexpr int TOKENS = 8 * NT;
-  using L = Layout<WARPS, RING, CHUNK, TOKENS>;
-  constexpr int CHUNKS = (KPW + CHUNK - 1) / CHUNK;  // of one item, per warp
-  constexpr int THREADS = (WARPS + REDUCERS) * 32;
-  // Named barriers between main warps and reducers, one for each buffer (0 is __syncthreads).
-  constexpr int SUMS_FULL = 1, SUMS_EMPTY = 3;
-  static_assert(L::bytes <= MAX_SHARED_BYTES);
+template <typename S>
+__global__ void __launch_bounds__(S::THREADS, 1) decode_layer(const MoeArgs args, const DecodeWorkspace ws) {
+  constexpr int MAIN = S::MAIN, REDUCERS = S::REDUCERS, EACH = S::EACH, NT = S::NT, TOKENS = S::TOKENS;
   extern __shared__ __align__(128) uint8_t smem[];
-  float* const red = reinterpret_cast<float*>(smem + L::red);
-  RoutingTable<TOKENS>& rt = *reinterpret_cast<RoutingTable<TOKENS>*>(smem + L::routing);
+  RoutingTable<TOKENS>& rt = *reinterpret_cast<RoutingTable<TOKENS>*>(smem + S::ROUTING);
   const int warp = threadIdx.x / 32, lane = threadIdx.x % 32, g = lane >> 2, q = lane & 3;
   const int pairs = (args.M + 1) / 2,
             reducers = min(pairs, REDUCERS);  // warps that write activations, two tokens at a time
-
-  // This warp's slice of K, in tiles, for each GEMM.
-  auto slice_begin = [&](int k) { return k / TILE * warp / WARPS; };
-  auto slice_end = [&](int k) { return k / TILE * (warp + 1) / WARPS; };
-  uint4 b[KPW][NT];  // B operands of that slice: 8 values of token g (and g + 8) at each tile
-  if (warp < WARPS) {
-    const uint32_t bars = smem_addr(smem + L::bars) + warp * RING * 8;
-    if (lane == 0)
-      for (int s = 0; s < RING; ++s)
-        mbar_init(bars + s * 8, 1);
-  }
-  mbar_init_fence();
-  wait_for_previous_kernel();
-  if (warp < WARPS) {
-    const int first = slice_begin(args.H), count = slice_end(args.H) - first;
-#pragma unroll
-    for (int i = 0; i < KPW; ++i)
-#pragma unroll
-      for (int n = 0; n < NT; ++n) {
-        const int token = 8 * n + g;
-        b[i][n] = uint4{0, 0, 0, 0};
-        if (token < args.M && i < count)
-          b[i][n] = *reinterpret_cast<const uint4*>(static_cast<const uint16_t*>(args.x) +
-                                                    static_cast<int64_t>(token) * args.H + (first + i) * TILE + q * 8);
-      }
-  }
-  build_routing(args, rt, warp, lane);
-  const Phase gate_up = share(args.w13, 2 * args.I, args.H, rt.count, blockIdx.x);
-  // Blocks with a short gate-up run get the long down runs.
-  const int longer = rt.count * gate_up.row_tiles % gridDim.x;
-  const Phase down = share(args.w2, args.H, args.I, rt.count, (blockIdx.x + gridDim.x - longer) % gridDim.x);
-  const int items = gate_up.count + down.count;
-
-  if (warp < WARPS) {
-    const uint32_t ring = smem_addr(smem) + warp * RING * CHUNK * TILE_BYTES,
-                   bars = smem_addr(smem + L::bars) + warp * RING * 8;
-    // ---- the ring: lane 0 walks the same chunks as the consumer below, RING ahead (sm_80: all lanes copy) ----
-    int next_item = 0, next_chunk = 0, next_stage = 0, next_tiles = 0;
-    const uint8_t* next = nullptr;
-    auto seek = [&]() {
-      if (next_item >= items) return;
-      const bool second = next_item >= gate_up.count;
-      const int n = second ? down.first + next_item - gate_up.count : gate_up.first + next_item;
-      const int row_tiles = second ? down.row_tiles : gate_up.row_tiles,
-                k_tiles = second ? down.k_tiles : gate_up.k_tiles;
-      const int first = slice_begin(k_tiles * TILE), a = n / row_tiles;
-      next_tiles = slice_end(k_tiles * TILE) - first;
-      next = (second ? down.weights : gate_up.weights) +
-             ((static_cast<int64_t>(rt.expert[a]) * row_tiles + (n - a * row_tiles)) * k_tiles + first) * TILE_BYTES;
-    };
-    auto issue = [&]() {
-      if (next_item < items) {
-        const int bytes = min(CHUNK, next_tiles - next_chunk * CHUNK) * TILE_BYTES;
-        const uint32_t dst = ring + next_stage * CHUNK * TILE_BYTES;
-        const uint8_t* const src = next + next_chunk * CHUNK * TILE_BYTES;
 #if __CUDA_ARCH__ >= 900
-        const uint32_t bar = bars + next_stage * 8;
-        if (bytes > 0) {
-          mbar_expect(bar, bytes);
-          bulk_copy(dst, src, bytes, bar);
-        } else {
-          mbar_arrive(bar);
-        }
+  const bool copies = lane == 0;
 #else
-        for (int i = lane * 16; i < bytes; i += 512)
-          cp_async16(dst + i, src + i);
+  const bool copies = true;  // every lane of the copier
 #endif
-        if (++next_chunk == CHUNKS) {
-          next_chunk = 0;
-          ++next_item;
-          seek();
+  Ring ring{smem_addr(smem + S::BARS), S::RING}, sums{smem_addr(smem + S::BARS) + S::RING * 16, S::SUM_BUFFERS};
+  if (threadIdx.x == 0) {
+#if __CUDA_ARCH__ >= 900
+    ring.init(1, MAIN);
+#else
+    ring.init(32, MAIN);
+#endif
+    sums.init(MAIN, REDUCERS);
+    mbar_init_fence();
+  }
+  clear_routing(rt);
+  __syncthreads();
+
+  // B operands of this warp's slice: 8 values of token g (and g + 8) at each of its tiles.
+  uint4 b[S::STAGES * EACH][NT];
+  // Of a stage with so many tiles, this warp's.
+  auto first_of = [&](int tiles) { return tiles * warp / MAIN; };
+  auto count_of = [&](int tiles) { return tiles * (warp + 1) / MAIN - tiles * warp / MAIN; };
+  auto load_slice = [&](int k_tiles, auto row_of_token) {
+#pragma unroll
+    for (int n = 0; n < NT; ++n) {
+      const uint16_t* const row = row_of_token(8 * n + g);
+#pragma unroll
+      for (int c = 0; c < S::STAGES; ++c) {
+        const int tiles = max(0, min(S::STAGE_TILES, k_tiles - c * S::STAGE_TILES)), count = count_of(tiles);
+        const int first = c * S::STAGE_TILES + first_of(tiles);
+#pragma unroll
+        for (int t = 0; t < EACH; ++t) {
+          b[c * EACH + t][n] = uint4{0, 0, 0, 0};
+          if (row != nullptr && t < count)
+            b[c * EACH + t][n] = __ldcg(reinterpret_cast<const uint4*>(row + (first + t) * TILE + q * 8));
         }
       }
-      next_stage = next_stage + 1 == RING ? 0 : next_stage + 1;
-#if __CUDA_ARCH__ < 900
-      cp_async_commit();
-#endif
-    };
-#if __CUDA_ARCH__ >= 900
-    const bool copies = lane == 0;
-#else
-    const bool copies = true;
-#endif
-    if (copies) {
-      seek();
-      for (int s = 0; s < RING; ++s)
-        issue();
     }
+  };
 
-    int stage = 0, parity = 0, count = slice_end(args.H) - slice_begin(args.H), input_of = -1;
-    for (int item = 0; item < items; ++item) {
-      if (item >= gate_up.count) {
-        const int a = (down.first + item - gate_up.count) / down.row_tiles;
-        if (a != input_of) {  // another expert: wait for its activations, take this warp's slice of them
-          input_of = a;
-          const int first = slice_begin(args.I);
-          count = slice_end(args.I) - first;
-          if (lane == 0)
-            while (load_acquire(ws.ready + a) < gate_up.row_tiles * reducers) {
-            }
-          __syncwarp();
-#pragma unroll
-          for (int n = 0; n < NT; ++n) {
-            const int token = 8 * n + g, slot = token < args.M ? rt.slot[a][token] : -1;
-            const uint16_t* const act =
-                ws.act + static_cast<int64_t>(token * args.top_k + slot) * args.I + first * TILE + q * 8;
-#pragma unroll
-            for (int i = 0; i < KPW; ++i) {
-              b[i][n] = uint4{0, 0, 0, 0};
-              if (slot >= 0 && i < count) b[i][n] = __ldcg(reinterpret_cast<const uint4*>(act + i * TILE));
-            }
+  wait_for_previous_kernel();
+  if (warp < MAIN)
+    load_slice(args.H / TILE, [&](int token) {
+      return token < args.M ? static_cast<const uint16_t*>(args.x) + static_cast<int64_t>(token) * args.H : nullptr;
+    });
+  build_routing(args, rt, warp, lane);
+
+  Walk at(args, rt.count);
+  if (warp == S::COPIER) {
+    if (copies) copy_weights<S>(ring, smem_addr(smem), at, args, rt.expert, lane);
+  } else if (warp < MAIN) {
+    int input_of = -1;
+#pragma unroll 1
+    for (; at.more(); at.step()) {
+      const int k_tiles = (at.second() ? args.I : args.H) / TILE;
+      if (at.second() && at.active != input_of) {  // wait for its activations, take this warp's slice of them
+        input_of = at.active;
+        if (lane == 0)
+          while (load_acquire(ws.ready + input_of) < at.gate_up_tiles * reducers) {
           }
-        }
+        __syncwarp();
+        load_slice(k_tiles, [&](int token) {
+          const int slot = token < args.M ? rt.slot[input_of][token] : -1;
+          return slot < 0 ? nullptr : ws.act + static_cast<int64_t>(token * args.top_k + slot) * args.I;
+        });
       }
       float acc[2][2][NT][4] = {};  // [k16 step][m16 tile]: short chains instead of long ones
 #pragma unroll
-      for (int c = 0; c < CHUNKS; ++c) {
-#if __CUDA_ARCH__ >= 900
-        mbar_wait(bars + stage * 8, parity);
-#else
-        cp_async_wait<RING - 1>();
-        __syncwarp();
-#endif
-        const uint32_t chunk = ring + stage * CHUNK * TILE_BYTES;
-        auto multiply = [&](int t) {
-          const PackedTile tile = load_tile(chunk + t * TILE_BYTES, lane);
-          const int i = c * CHUNK + t < KPW ? c * CHUNK + t : 0;
+      for (int c = 0; c < S::STAGES; ++c) {
+        const int tiles = k_tiles - c * S::STAGE_TILES;
+        if (tiles <= 0) break;
+        auto multiply = [&](uint32_t tile_at, int t) {
+          const PackedTile tile = load_tile(tile_at, lane);
+          const int i = c * EACH + t;
 #pragma unroll
           for (int m = 0; m < 2; ++m) {
             const AFragments f = decode_half_tile(tile, m);
@@ -251,24 +283,25 @@ __global__ void __launch_bounds__((WARPS + REDUCERS) * 32, 1)
             }
           }
         };
-        if ((c + 1) * CHUNK <= count && (c + 1) * CHUNK <= KPW) {  // no branch between its tiles: they overlap
+        const uint32_t stage = smem_addr(smem) + ring.stage * S::STAGE_BYTES;
+        ring.wait_full();
+        if (tiles >= S::STAGE_TILES) {  // no branch between its tiles: they overlap
 #pragma unroll
-          for (int t = 0; t < CHUNK; ++t)
-            multiply(t);
+          for (int t = 0; t < EACH; ++t)
+            multiply(stage + (warp * EACH + t) * TILE_BYTES, t);
         } else {
+          const int first = first_of(tiles), count = count_of(tiles);
 #pragma unroll
-          for (int t = 0; t < CHUNK; ++t)
-            if (c * CHUNK + t < KPW && c * CHUNK + t < count) multiply(t);
+          for (int t = 0; t < EACH; ++t)
+            if (t < count) multiply(stage + (first + t) * TILE_BYTES, t);
         }
         __syncwarp();
-        if (copies) issue();
-        if (++stage == RING) {
-          stage = 0;
-          parity ^= 1;
-        }
+        if (lane == 0) mbar_arrive(ring.empty());
+        ring.advance();
       }
-      if (item >= 2) barrier_wait(SUMS_EMPTY + (item & 1), THREADS);
-      float* const mine = red + (item & 1) * L::red_floats + warp * TOKENS * RED_PITCH + 4 * g;
+      sums.wait_empty();
+      float* const mine =
+          reinterpret_cast<float*>(smem + S::SUMS) + sums.stage * S::SUM_FLOATS + warp * TOKENS * RED_PITCH + 4 * g;
 #pragma unroll
       for (int n = 0; n < NT; ++n)
 #pragma unroll
@@ -278,32 +311,41 @@ __global__ void __launch_bounds__((WARPS + REDUCERS) * 32, 1)
           if (token < args.M)
             *reinterpret_cast<float4*>(mine + token * RED_PITCH) = {sum(0, 0), sum(0, 1), sum(1, 0), sum(1, 1)};
         }
-      barrier_arrive(SUMS_FULL + (item & 1), THREADS);
+      __syncwarp();
+      if (lane == 0) mbar_arrive(sums.full());
+      sums.advance();
     }
   } else {
-    const int reducer = warp - WARPS;
+    const int reducer = warp - MAIN;
+    // This lane's bias of an item: gate's and up's of one output, or one row's. Fetched an item ahead: under the load
+    // of the weights a single value takes as long as an item.
+    auto bias_of = [&](const Walk& at) -> uint32_t {
+      const void* const bias = at.second() ? args.w2_bias : args.w13_bias;
+      if (bias == nullptr || !at.more()) return 0;
+      const int64_t row = (static_cast<int64_t>(rt.expert[at.active]) * at.row_tiles + at.row_tile) * TILE;
+      if (at.second()) return static_cast<const uint16_t*>(bias)[row + lane];
+      return static_cast<const uint32_t*>(bias)[row / 2 + lane % 16];
+    };
+    uint32_t next_bias = bias_of(at);
     int finished = 0;  // items of the current expert whose activations this warp has written
-    for (int item = 0; item < items; ++item) {
-      const bool second = item >= gate_up.count;
-      const int n = second ? down.first + item - gate_up.count : gate_up.first + item;
-      const int row_tiles = second ? down.row_tiles : gate_up.row_tiles, a = n / row_tiles,
-                row_tile = n - a * row_tiles;
-      const float* const sums = red + (item & 1) * L::red_floats;
-      const int64_t bias_row = static_cast<int64_t>(rt.expert[a]) * row_tiles * TILE + row_tile * TILE;
+#pragma unroll 1
+    while (at.more()) {
+      const bool second = at.second();
+      const int a = at.active, row_tile = at.row_tile;
+      const float2 bias = unpack_bf16x2(next_bias);
+      at.step();
+      sums.wait_full();
+      next_bias = bias_of(at);
+      const float* const parts = reinterpret_cast<const float*>(smem + S::SUMS) + sums.stage * S::SUM_FLOATS;
       if (!second) {
         const int j = lane % 16;
-        float2 bias{0.f, 0.f};
-        if (args.w13_bias != nullptr)
-          bias = unpack_bf16x2(
-              *reinterpret_cast<const uint32_t*>(static_cast<const uint16_t*>(args.w13_bias) + bias_row + 2 * j));
-        barrier_wait(SUMS_FULL + (item & 1), THREADS);
         for (int pair = reducer; pair < pairs; pair += REDUCERS) {
           const int token = pair * 2 + lane / 16, slot = token < args.M ? rt.slot[a][token] : -1;
           if (slot < 0) continue;
           float gate = 0.f, up = 0.f;
 #pragma unroll
-          for (int w = 0; w < WARPS; ++w) {
-            const float2 v = *reinterpret_cast<const float2*>(sums + (w * TOKENS + token) * RED_PITCH + 2 * j);
+          for (int w = 0; w < MAIN; ++w) {
+            const float2 v = *reinterpret_cast<const float2*>(parts + (w * TOKENS + token) * RED_PITCH + 2 * j);
             gate += v.x;
             up += v.y;
           }
@@ -312,29 +354,26 @@ __global__ void __launch_bounds__((WARPS + REDUCERS) * 32, 1)
           ws.act[static_cast<int64_t>(token * args.top_k + slot) * args.I + row_tile * 16 + j] =
               __bfloat16_as_ushort(__float2bfloat16_rn(v));
         }
-        if (item + 2 < items) barrier_arrive(SUMS_EMPTY + (item & 1), THREADS);
-        ++finished;
-        if (item + 1 == gate_up.count || row_tile + 1 == row_tiles) {
-          __syncwarp();
-          if (lane == 0 && reducer < pairs) add_release(ws.ready + a, finished);
-          finished = 0;
-        }
       } else {
-        const float bias = args.w2_bias == nullptr
-                               ? 0.f
-                               : __bfloat162float(static_cast<const __nv_bfloat16*>(args.w2_bias)[bias_row + lane]);
-        barrier_wait(SUMS_FULL + (item & 1), THREADS);
         for (int token = reducer; token < args.M; token += REDUCERS) {
           const int slot = rt.slot[a][token];
           if (slot < 0) continue;
           float v = 0.f;
 #pragma unroll
-          for (int w = 0; w < WARPS; ++w)
-            v += sums[(w * TOKENS + token) * RED_PITCH + lane];
+          for (int w = 0; w < MAIN; ++w)
+            v += parts[(w * TOKENS + token) * RED_PITCH + lane];
           __stcg(ws.y + static_cast<int64_t>(token * args.top_k + slot) * args.H + row_tile * TILE + lane,
-                 (v * ACCUMULATOR_SCALE + bias) * rt.weight[token][slot]);
+                 (v * ACCUMULATOR_SCALE + bias.x) * rt.weight[token][slot]);
         }
-        if (item + 2 < items) barrier_arrive(SUMS_EMPTY + (item & 1), THREADS);
+      }
+      __syncwarp();
+      if (lane == 0) mbar_arrive(sums.empty());
+      sums.advance();
+      if (second) continue;
+      ++finished;
+      if (!at.more() || at.second() || at.active != a) {
+        if (lane == 0 && reducer < pairs) add_release(ws.ready + a, finished);
+        finished = 0;
       }
     }
   }
@@ -349,7 +388,7 @@ __global__ void __launch_bounds__((WARPS + REDUCERS) * 32, 1)
   }
   __syncthreads();
   const int outputs = args.M * args.H, each = (outputs + gridDim.x - 1) / gridDim.x, begin = blockIdx.x * each;
-  for (int i = begin + threadIdx.x; i < min(outputs, begin + each); i += THREADS) {
+  for (int i = begin + threadIdx.x; i < min(outputs, begin + each); i += S::THREADS) {
     const int token = i / args.H, h = i - token * args.H;
     float v[MAX_TOP_K], sum = 0.f;
 #pragma unroll
@@ -372,35 +411,37 @@ __global__ void __launch_bounds__((WARPS + REDUCERS) * 32, 1)
   }
 }
 
-template <int WARPS, int KPW, int RING, int CHUNK, int REDUCERS, int NT>
+template <typename S>
 const char* launch(const MoeArgs& args, const DecodeWorkspace& ws, const Device& device, cudaStream_t stream) {
   // Cooperative, for blocks wait for each other's results: all of them must be resident.
-  return launch_kernel(decode_layer<WARPS, KPW, RING, CHUNK, REDUCERS, NT>, device.multiprocessors,
-                       (WARPS + REDUCERS) * 32, Layout<WARPS, RING, CHUNK, 8 * NT>::bytes, stream,
+  return launch_kernel(decode_layer<S>, device.multiprocessors, S::THREADS, S::BYTES, stream,
                        {device.dependent_launch, /*cooperative=*/true}, args, ws);
 }
 
+// GPT-OSS's 90 k-tiles are three stages of 10 warps x 3 tiles. A wide input leaves registers for 8 tokens only.
+using Tokens8 = Shape<10, 2, 3, 3, 4, 1>;
+using Tokens16 = Shape<10, 1, 3, 3, 3, 2>;
+using Wide = Shape<10, 1, 3, 8, 4, 1>;
+
+int longest_k(const MoeArgs& args) { return std::max(args.H, args.I); }
+
 }  // namespace
 
-// Warps x tiles of K each cover the longer of H and I; a wide input leaves registers for 8 tokens only.
-constexpr int NARROW_TILES = 90, WIDE_TILES = 14 * 16;
-
-static int k_tiles(const MoeArgs& args) { return (args.H > args.I ? args.H : args.I) / TILE; }
-
 bool decode_layer_takes(const MoeArgs& args) {
-  return args.M <= 8 ? k_tiles(args) <= WIDE_TILES : args.M <= DECODE_MAX_TOKENS && k_tiles(args) <= NARROW_TILES;
+  return args.M <= 8 ? longest_k(args) <= Wide::MAX_K
+                     : args.M <= DECODE_MAX_TOKENS && longest_k(args) <= Tokens16::MAX_K;
 }
 
 Footprint decode_layer_footprint() {
-  return {(14 + 2) * 32,
-          std::max({Layout<10, 3, 3, 16>::bytes, Layout<10, 4, 3, 8>::bytes, Layout<14, 3, 2, 8>::bytes})};
+  return {std::max({Tokens8::THREADS, Tokens16::THREADS, Wide::THREADS}),
+          std::max({Tokens8::BYTES, Tokens16::BYTES, Wide::BYTES})};
 }
 
 const char* decode_layer_forward(const MoeArgs& args, const DecodeWorkspace& ws, const Device& device,
                                  cudaStream_t stream) {
-  if (args.M > 8) return launch<10, 9, 3, 3, 2, 2>(args, ws, device, stream);
-  if (k_tiles(args) <= NARROW_TILES) return launch<10, 9, 4, 3, 2, 1>(args, ws, device, stream);
-  return launch<14, 16, 3, 2, 2, 1>(args, ws, device, stream);
+  if (args.M > 8) return launch<Tokens16>(args, ws, device, stream);
+  if (longest_k(args) <= Tokens8::MAX_K) return launch<Tokens8>(args, ws, device, stream);
+  return launch<Wide>(args, ws, device, stream);
 }
 
 }  // namespace mxfp4_sm120

@@ -53,6 +53,10 @@ template <int PENDING>
 __device__ __forceinline__ void cp_async_wait() {
   asm volatile("cp.async.wait_group %0;" ::"n"(PENDING) : "memory");
 }
+// Arrives when this thread's copies so far have landed.
+__device__ __forceinline__ void mbar_arrive_after_copies(uint32_t bar) {
+  asm volatile("cp.async.mbarrier.arrive.noinc.shared.b64 [%0];" ::"r"(bar) : "memory");
+}
 // sm_90 and newer only: one copy of a multiple of 16 bytes, completing on `bar`.
 __device__ __forceinline__ void mbar_expect(uint32_t bar, uint32_t bytes) {
 #if __CUDA_ARCH__ >= 900

@@ -19,8 +19,8 @@ CSRC = Path(__file__).parents[2] / "kernels" / "csrc"
 KERNELS = ("decode_layer", "dispatch", "grouped_gemm", "grouping", "router")
 
 
-def build(directory: Path, csrc: Path = CSRC) -> ctypes.CDLL:
-    """Compile the kernels for the emulator, in `directory`."""
+def build(directory: Path, csrc: Path = CSRC, arch: int = 800) -> ctypes.CDLL:
+    """Compile the kernels for the emulator, in `directory`, as for a card of that __CUDA_ARCH__."""
     for path in (*csrc.glob("*.h"), *csrc.glob("*.cuh"), *(csrc / f"{name}.cu" for name in KERNELS)):
         # A block's dynamic shared memory is its own, also where several blocks run together.
         text = re.sub(
@@ -33,7 +33,8 @@ def build(directory: Path, csrc: Path = CSRC) -> ctypes.CDLL:
         shutil.copy(path, directory)
     compilers = []
     for source in (*(f"{name}.cu" for name in KERNELS), "entry.cpp"):
-        command = ["g++", "-std=c++17", "-O2", "-fPIC", "-w", "-I.", "-x", "c++", "-c", source, "-o", f"{source}.o"]
+        command = ["g++", "-std=c++17", "-O2", "-fPIC", "-w", "-I.", f"-D__CUDA_ARCH__={arch}"]
+        command += ["-x", "c++", "-c", source, "-o", f"{source}.o"]
         compilers.append(subprocess.Popen(command, cwd=directory, stderr=subprocess.PIPE, text=True))
     for compiler in compilers:
         _, errors = compiler.communicate()

@@ -1,13 +1,15 @@
 """What the kernels compute, without a GPU: their source, run by an emulator that is strict about waits and barriers.
 
-It takes sm_80's road: bulk copies, mbarriers and dependent launches need a card.
+Dependent launches need a card.
 """
 
 from __future__ import annotations
 
 import ctypes
+import functools
 import random
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -20,13 +22,26 @@ from vllm_mxfp4_sm120.moe import Activation, MoEShape, reference, topk_softmax
 pytestmark = pytest.mark.skipif(shutil.which("g++") is None, reason="needs g++")
 
 CONFIGS = dict(enumerate(("decode", *(f"tokens{tile}" for tile in (8, 16, 24, 40, 80, 96, 128)))))
+SM_80, SM_90 = 800, 900
+# Each configuration, and on newer cards' road (bulk copies) the one that has another there.
+KERNELS_AND_CARDS = pytest.mark.parametrize(
+    ("config", "library"),
+    [*((config, SM_80) for config in CONFIGS), (0, SM_90)],
+    indirect=["library"],
+    ids=[*CONFIGS.values(), "decode with bulk copies"],
+)
 # Against float64 with activations rounded to BF16: one rounding more, 1.65e-3; of few outputs it is no average.
 TOLERANCE, TOLERANCE_OF_FEW = 2.0e-3, 2.8e-3
 
 
 @pytest.fixture(scope="module")
-def library(tmp_path_factory: pytest.TempPathFactory) -> ctypes.CDLL:
-    return build(tmp_path_factory.mktemp("emulated"))
+def libraries(tmp_path_factory: pytest.TempPathFactory) -> Callable[[int], ctypes.CDLL]:
+    return functools.cache(lambda arch: build(tmp_path_factory.mktemp("emulated"), arch=arch))
+
+
+@pytest.fixture
+def library(libraries: Callable[[int], ctypes.CDLL], request: pytest.FixtureRequest) -> ctypes.CDLL:
+    return libraries(getattr(request, "param", SM_80))
 
 
 def inputs(shape: MoEShape, tokens: int, seed: int) -> tuple[torch.Tensor, torch.Tensor]:
@@ -57,7 +72,7 @@ def problem(seed: int, config: int) -> tuple[MoEShape, int]:
 
 
 @pytest.mark.parametrize("seed", range(9))
-@pytest.mark.parametrize("config", CONFIGS, ids=CONFIGS.values())
+@KERNELS_AND_CARDS
 def test_right(library: ctypes.CDLL, config: int, seed: int):
     shape, tokens = problem(seed, config)
     x, logits = inputs(shape, tokens, seed)
@@ -66,7 +81,7 @@ def test_right(library: ctypes.CDLL, config: int, seed: int):
     assert wrong_by(out, shape, x, logits) <= (TOLERANCE if out.numel() >= 1000 else TOLERANCE_OF_FEW), (shape, tokens)
 
 
-@pytest.mark.parametrize("config", CONFIGS, ids=CONFIGS.values())
+@KERNELS_AND_CARDS
 def test_the_same_bits_in_any_order(library: ctypes.CDLL, config: int):
     """However warps are scheduled and whenever copies land; with as many blocks, for those share the work."""
     shape = MoEShape(5, 5, 96, 64, 3)
@@ -79,7 +94,7 @@ def test_the_same_bits_in_any_order(library: ctypes.CDLL, config: int):
     assert all(torch.equal(out, outs[0]) for out in outs)
 
 
-@pytest.mark.parametrize("config", CONFIGS, ids=CONFIGS.values())
+@KERNELS_AND_CARDS
 def test_a_poisoned_token_stays_alone(library: ctypes.CDLL, config: int):
     shape = MoEShape(4, 4, 64, 96, 2)
     x, logits = inputs(shape, 15, 1)
@@ -92,7 +107,7 @@ def test_a_poisoned_token_stays_alone(library: ctypes.CDLL, config: int):
     assert poisoned[7].isnan().all() and torch.equal(poisoned[others], clean[others])
 
 
-@pytest.mark.parametrize("config", CONFIGS, ids=CONFIGS.values())
+@KERNELS_AND_CARDS
 @pytest.mark.parametrize("chosen", [True, False], ids=["some are here", "none is here"])
 def test_another_ranks_experts_are_left_out(library: ctypes.CDLL, config: int, chosen: bool):
     shape = MoEShape(8, 4, 64, 64, 2)

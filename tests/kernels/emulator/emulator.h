@@ -1,10 +1,13 @@
-// Runs CUDA kernels on a CPU, slowly and strictly, for tests: the same source, compiled as C++ with these headers in
-// place of CUDA's.
+// Runs CUDA kernels on a CPU, slowly and strictly, for tests: the same source,
+// compiled as C++ with these headers in place of CUDA's.
 //
-// Every thread of a block is a fiber. A fiber runs until it must wait: for its warp (shuffles, votes, mma), for its
-// block (barriers), or for memory that another writes. Warps are taken in a random order each round, so that what isn't
-// ordered by a barrier happens in any order. Asynchronous copies happen as late as they may (when they are waited for)
-// or at once, by choice: the first shows a wait or barrier too few before reading, the second before refilling.
+// Every thread of a block is a fiber. A fiber runs until it must wait: for its
+// warp (shuffles, votes, mma), for its block (barriers), or for memory that
+// another writes. Warps are taken in a random order each round, so that what
+// isn't ordered by a barrier happens in any order. Asynchronous copies happen
+// as late as they may (when they are waited for) or at once, by choice: the
+// first shows a wait or barrier too few before reading, the second before
+// refilling.
 #pragma once
 #include <ucontext.h>
 
@@ -15,6 +18,7 @@
 #include <cstdlib>
 #include <cstring>
 #include <functional>
+#include <map>
 #include <memory>
 #include <numeric>
 #include <random>
@@ -81,11 +85,19 @@ struct Barrier {
   unsigned done = 0;
 };
 
+// An mbarrier, and the copies that its phase waits for.
+struct MBarrier {
+  int count, pending, bytes = 0;
+  unsigned phase = 0;
+  std::vector<Copy> copies{};
+};
+
 struct Block {
   dim3 index;
   std::vector<uint8_t> shared;
   std::vector<Warp> warps;
   Barrier barriers[16];
+  std::map<uint32_t, MBarrier> mbarriers{};  // by address
 };
 
 struct Fiber {
@@ -142,9 +154,12 @@ inline void arrive(int id, int threads, bool wait) {
   }
 }
 
-inline void start_copy(uint32_t to, const void* from, int bytes, int zeros) {
+inline void check_copy(uint32_t to, const void* from, int bytes) {
   if (to % 16 != 0 || reinterpret_cast<uintptr_t>(from) % 16 != 0) fail("a copy isn't aligned");
-  if (to + bytes + zeros > now->block->shared.size()) fail("a copy leaves shared memory");
+  if (to + bytes > now->block->shared.size()) fail("a copy leaves shared memory");
+}
+inline void start_copy(uint32_t to, const void* from, int bytes, int zeros) {
+  check_copy(to, from, bytes + zeros);
   const Copy copy{shared_memory() + to, from, bytes, zeros};
   if (late_copies)
     now->groups.back().push_back(copy);
@@ -157,6 +172,39 @@ inline void wait_for_copies(int pending) {
     for (const Copy& copy : groups.front())
       copy.run();
     groups.erase(groups.begin());
+  }
+}
+
+inline MBarrier& mbarrier(uint32_t at) {
+  const auto found = now->block->mbarriers.find(at);
+  if (found == now->block->mbarriers.end()) fail("an mbarrier that wasn't initialised");
+  return found->second;
+}
+inline void complete_if_due(MBarrier& barrier) {
+  if (barrier.pending < 0) fail("too many arrivals at an mbarrier");
+  if (barrier.pending > 0) return;
+  for (const Copy& copy : barrier.copies) {
+    copy.run();
+    if (barrier.bytes > 0) barrier.bytes -= copy.bytes;
+  }
+  barrier.copies.clear();
+  if (barrier.bytes != 0) fail("an mbarrier expects other bytes than were copied");
+  barrier.pending = barrier.count;
+  ++barrier.phase;
+  progress = true;
+}
+inline void mbarrier_arrive(uint32_t at, int bytes = 0) {
+  MBarrier& barrier = mbarrier(at);
+  barrier.bytes += bytes;
+  --barrier.pending;
+  progress = true;
+  if (barrier.copies.empty() && bytes == 0) complete_if_due(barrier);  // else when somebody looks: as late as may be
+}
+inline void mbarrier_wait(uint32_t at, unsigned parity) {
+  MBarrier& barrier = mbarrier(at);
+  while ((barrier.phase & 1) == parity) {
+    complete_if_due(barrier);
+    if ((barrier.phase & 1) == parity) yield();
   }
 }
 template <typename T>
@@ -174,7 +222,8 @@ inline void run_fiber() {
   yield();
 }
 
-// Blocks one after the other, or all of them together where they wait for each other.
+// Blocks one after the other, or all of them together where they wait for each
+// other.
 inline void launch(dim3 blocks, dim3 threads, size_t shared_bytes, bool cooperative, std::function<void()> body) {
   constexpr size_t STACK = 256 * 1024;
   gridDim = blocks, blockDim = threads, kernel = std::move(body);
@@ -298,6 +347,9 @@ T atomicOr(T* p, T v) {
   const T old = *p;
   *p |= v;
   return old;
+}
+inline uint32_t __funnelshift_l(uint32_t low, uint32_t high, unsigned by) {
+  return static_cast<uint32_t>((static_cast<uint64_t>(high) << 32 | low) << (by & 31) >> 32);
 }
 inline int __popc(unsigned v) { return __builtin_popcount(v); }
 inline int __ffs(int v) { return __builtin_ffs(v); }

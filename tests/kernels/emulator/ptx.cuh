@@ -1,7 +1,7 @@
 // kernels/csrc/ptx.cuh, emulated: the same functions by the PTX manual's words.
 #pragma once
-#include <cstring>
 #include "cuda_bf16.h"
+#include <cstring>
 
 namespace mxfp4_sm120 {
 
@@ -20,12 +20,31 @@ void cp_async_wait() {
   emu::wait_for_copies(PENDING);
 }
 
-// Of sm_90 and newer, which the kernels only use there.
-inline void mbar_init(uint32_t, int) {}
-inline void mbar_arrive(uint32_t) { emu::fail("an mbarrier on sm_80's road"); }
-inline void mbar_wait(uint32_t, uint32_t) { emu::fail("an mbarrier on sm_80's road"); }
+inline void mbar_init(uint32_t bar, int count) {
+  if (bar % 8 != 0 || bar + 8 > emu::now->block->shared.size()) emu::fail("an mbarrier leaves shared memory");
+  emu::now->block->mbarriers.insert_or_assign(bar, emu::MBarrier{count, count});
+}
+inline void mbar_arrive(uint32_t bar) { emu::mbarrier_arrive(bar); }
+inline void mbar_arrive_after_copies(uint32_t bar) {
+  auto& landing = emu::mbarrier(bar).copies;
+  for (auto& group : emu::now->groups) {
+    landing.insert(landing.end(), group.begin(), group.end());
+    group.clear();
+  }
+  emu::mbarrier_arrive(bar);
+}
+inline void mbar_wait(uint32_t bar, uint32_t parity) { emu::mbarrier_wait(bar, parity); }
 inline void mbar_init_fence() {}
-inline uint64_t evict_first() { return 0; }
+
+// Of sm_90 and newer.
+inline void mbar_expect(uint32_t bar, uint32_t bytes) { emu::mbarrier_arrive(bar, bytes); }
+inline void bulk_copy(uint32_t dst, const void* src, uint32_t bytes, uint32_t bar) {
+  if (bytes == 0 || bytes % 16 != 0) emu::fail("a bulk copy of no multiple of 16 bytes");
+  emu::check_copy(dst, src, bytes);
+  const emu::Copy copy{emu::shared_memory() + dst, src, static_cast<int>(bytes), 0};
+  if (!emu::late_copies) copy.run();  // and once more when it completes, which changes nothing
+  emu::mbarrier(bar).copies.push_back(copy);
+}
 inline void wait_for_previous_kernel() {}
 inline void let_next_kernel_start() {}
 
@@ -58,7 +77,8 @@ inline float approximate_reciprocal(float x) { return 1.f / x; }
 
 inline float half_of(uint32_t pair, int half) { return __uint_as_float(half == 0 ? pair << 16 : pair & 0xffff0000u); }
 
-// PTX ISA, "Matrix Fragments for mma.m16n8k16 with floating point type": lane 4g + q.
+// PTX ISA, "Matrix Fragments for mma.m16n8k16 with floating point type": lane
+// 4g + q.
 inline void mma_bf16(float (&d)[4], uint32_t a0, uint32_t a1, uint32_t a2, uint32_t a3, uint32_t b0, uint32_t b1) {
   struct Operands {
     float* d;
