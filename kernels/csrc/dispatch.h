@@ -16,11 +16,11 @@ struct DecodeWorkspace {
 
 struct GroupedWorkspace {
   int* taken;     // [2] items that blocks have taken, of gate-up and of down; zero between calls
-  int* expert;    // [M * k] local expert of each slot (token * k + j), -1 if elsewhere
+  int* expert;    // [M * k] local expert of each slot (token * k + j), -1 if elsewhere; of many tokens only
   float* weight;  // [M * k]
   int* offsets;   // [local_experts + 1] where each expert's slots begin in `order`
   int* order;     // [M * k] tokens of the slots sorted by expert, stable
-  int* position;  // [M * k] where each slot stands in that order
+  int* position;  // [M * k] where each slot stands in that order, -1 if elsewhere
   uint16_t* act;  // bf16 [M * k, I], in that order
   float* y;       // fp32 [M * k, H], in that order
 };

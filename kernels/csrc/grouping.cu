@@ -1,5 +1,7 @@
 // Around the grouped GEMMs: top-k and a stable sort of (token, choice) slots by expert before them, the weighted sum of
 // each token's slots after them.
+#include <algorithm>
+
 #include "dispatch.h"
 #include "layer.cuh"
 #include "routing.cuh"
@@ -7,13 +9,19 @@
 namespace mxfp4_sm120 {
 namespace {
 
-constexpr int GROUP_THREADS = 1024;
+// All of these kernels let the next one start as soon as they have waited themselves: its blocks find room as these
+// leave, and it waits for all that these write.
+
+constexpr int GROUP_WARPS = 32;
 // Up to here every block of `group_slots` routes all tokens itself (two tokens a warp), which saves a launch.
-constexpr int FUSED_MAX_SLOTS = GROUP_THREADS;
 constexpr int FUSED_MAX_TOKENS = 64;
+// Shared memory that small launches ask for without using it: of an H100's, one block of theirs then fits beside the
+// GEMMs' two, so that they start early and spread over many multiprocessors instead of filling the first to come free.
+constexpr int SPREAD_BYTES = 16 * 1024;
 
 __global__ void __launch_bounds__(256) route(const MoeArgs args, const GroupedWorkspace ws) {
   wait_for_previous_kernel();
+  let_next_kernel_start();
   const int token = blockIdx.x * 8 + threadIdx.x / 32, lane = threadIdx.x % 32;
   if (token < args.M) {
     const Choice c = route_token(args, token, lane, /*merge=*/false);
@@ -22,112 +30,120 @@ __global__ void __launch_bounds__(256) route(const MoeArgs args, const GroupedWo
       ws.weight[token * args.top_k + lane] = c.weight;
     }
   }
-  let_next_kernel_start();
 }
 
-// Exclusive prefix sum over the block; `total` is the sum.
-__device__ int block_scan(int v, int& total, int* scratch) {
-  const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
-  const int inclusive = inclusive_scan(v, lane);
-  if (lane == 31) scratch[warp] = inclusive;
-  __syncthreads();
-  const int w = inclusive_scan(scratch[lane], lane);
-  total = __shfl_sync(~0u, w, 31);
-  const int before = warp == 0 ? 0 : __shfl_sync(~0u, w, warp - 1);
-  __syncthreads();
-  return before + inclusive - v;
-}
-
-// Block e finds expert e's slots by itself: how many belong to lower experts says where its run begins, and a prefix
-// sum over threads that own consecutive slots keeps their order. No atomics, no second pass over other blocks' results.
+// Block e finds expert e's slots by itself: how many belong to lower experts says where its run begins. A warp owns
+// consecutive slots, 32 at a time (FUSED: a token's), and ballots keep their order. No atomics, no second pass over
+// other blocks' results.
 template <bool FUSED>
-__global__ void __launch_bounds__(GROUP_THREADS) group_slots(const MoeArgs args, const GroupedWorkspace ws) {
-  __shared__ int scratch[32];
-  __shared__ int routed[FUSED ? FUSED_MAX_SLOTS : 1];
+__global__ void __launch_bounds__(32 * GROUP_WARPS) group_slots(const MoeArgs args, const GroupedWorkspace ws) {
+  __shared__ int mine_of[GROUP_WARPS], lower_of[GROUP_WARPS];
+  __shared__ int routed[FUSED ? FUSED_MAX_TOKENS * MAX_TOP_K : 1];
   wait_for_previous_kernel();
-  const int slots = args.M * args.top_k, e = blockIdx.x;
-  const int* experts = ws.expert;
-  if (FUSED) {
-    const int lane = threadIdx.x % 32;
-    for (int token = threadIdx.x / 32; token < args.M; token += GROUP_THREADS / 32) {
-      const Choice c = route_token(args, token, lane, /*merge=*/false);
-      if (lane < args.top_k) {
-        routed[token * args.top_k + lane] = c.expert;
-        if (e == 0) {
-          ws.expert[token * args.top_k + lane] = c.expert;
-          ws.weight[token * args.top_k + lane] = c.weight;
-        }
-      }
-    }
-    __syncthreads();
-    experts = routed;
-  }
-  const int each = (slots + GROUP_THREADS - 1) / GROUP_THREADS;
-  const int begin = min(slots, static_cast<int>(threadIdx.x) * each), end = min(slots, begin + each);
-  int mine = 0, lower = 0;
-  for (int s = begin; s < end; ++s) {
-    const unsigned v = experts[s];  // -1 is larger than every expert
-    mine += v == static_cast<unsigned>(e);
-    lower += v < static_cast<unsigned>(e);
-  }
-  int total = 0, first = 0;
-  block_scan(lower, first, scratch);
-  int at = first + block_scan(mine, total, scratch);
-  for (int s = begin; s < end; ++s)
-    if (experts[s] == e) {
-      ws.position[s] = at;
-      ws.order[at++] = s / args.top_k;
-    }
-  if (threadIdx.x == 0) {
-    ws.offsets[e] = first;
-    if (e == args.local_experts - 1) ws.offsets[e + 1] = first + total;
-  }
   let_next_kernel_start();
+  const int e = blockIdx.x, warp = threadIdx.x / 32, lane = threadIdx.x % 32, warps = blockDim.x / 32;
+  const int slots = args.M * args.top_k, step = FUSED ? args.top_k : 32;
+  const int steps = ((slots + step - 1) / step + warps - 1) / warps;  // of a warp
+  const int begin = min(slots, warp * steps * step), end = min(slots, begin + steps * step);
+  int mine = 0, lower = 0;
+  for (int s = begin; s < end; s += step) {
+    int expert = -1;
+    if (FUSED) {
+      const Choice c = route_token(args, s / step, lane, /*merge=*/false);
+      expert = c.expert;
+      if (lane < step) {
+        routed[s + lane] = expert;
+        if (e == 0) ws.weight[s + lane] = c.weight;
+      }
+    } else if (s + lane < end) {
+      expert = ws.expert[s + lane];
+    }
+    mine += expert == e;
+    lower += static_cast<unsigned>(expert) < static_cast<unsigned>(e);  // -1 is larger than every expert
+  }
+  mine = __reduce_add_sync(~0u, mine);
+  lower = __reduce_add_sync(~0u, lower);
+  if (lane == 0) {
+    mine_of[warp] = mine;
+    lower_of[warp] = lower;
+  }
+  __syncthreads();
+  const int first = __reduce_add_sync(~0u, lane < warps ? lower_of[lane] : 0);
+  int at = first + __reduce_add_sync(~0u, lane < warp ? mine_of[lane] : 0);
+  for (int s = begin; s < end; s += step) {
+    const bool exists = lane < step && s + lane < end;
+    const int expert = !exists ? -1 : FUSED ? routed[s + lane] : ws.expert[s + lane];
+    const unsigned here = __ballot_sync(~0u, expert == e);
+    if (expert == e) {
+      const int to = at + __popc(here & ((1u << lane) - 1));
+      ws.position[s + lane] = to;
+      ws.order[to] = (s + lane) / args.top_k;
+    } else if (e == 0 && exists && expert < 0) {
+      ws.position[s + lane] = -1;
+    }
+    at += __popc(here);
+  }
+  if (threadIdx.x == blockDim.x - 1) {
+    ws.offsets[e] = first;
+    if (e == args.local_experts - 1) ws.offsets[e + 1] = at;
+  }
 }
 
 // out[token] = weighted sum over its slots, in slot order, in fp32. One thread: 4 columns.
 __global__ void __launch_bounds__(256) combine_slots(const MoeArgs args, const GroupedWorkspace ws) {
   wait_for_previous_kernel();
-  if (blockIdx.x == 0 && threadIdx.x < 2) ws.taken[threadIdx.x] = 0;
-  const int columns = args.H / 4;
-  const int64_t i = static_cast<int64_t>(blockIdx.x) * blockDim.x + threadIdx.x;
-  if (i < static_cast<int64_t>(args.M) * columns) {
-    const int token = static_cast<int>(i / columns),
-              column = static_cast<int>(i - static_cast<int64_t>(token) * columns) * 4;
-    float4 sum{0.f, 0.f, 0.f, 0.f};
-#pragma unroll 4
-    for (int j = 0; j < args.top_k; ++j) {
-      const int64_t slot = static_cast<int64_t>(token) * args.top_k + j;
-      if (ws.expert[slot] < 0) continue;
-      const float weight = ws.weight[slot];
-      const float4 v =
-          __ldcs(reinterpret_cast<const float4*>(ws.y + static_cast<int64_t>(ws.position[slot]) * args.H + column));
-      sum.x += v.x * weight;
-      sum.y += v.y * weight;
-      sum.z += v.z * weight;
-      sum.w += v.w * weight;
-    }
-    *reinterpret_cast<uint2*>(static_cast<uint16_t*>(args.out) + static_cast<int64_t>(token) * args.H + column) = {
-        pack_bf16x2(sum.x, sum.y), pack_bf16x2(sum.z, sum.w)};
-  }
   let_next_kernel_start();
+  if (blockIdx.x == 0 && threadIdx.x < 2) ws.taken[threadIdx.x] = 0;
+  const unsigned columns = args.H / 4, i = blockIdx.x * blockDim.x + threadIdx.x, token = i / columns;
+  if (token >= args.M) return;
+  const unsigned column = (i - token * columns) * 4;
+  const int64_t slot = static_cast<int64_t>(token) * args.top_k;
+  float4 sum{0.f, 0.f, 0.f, 0.f};
+  constexpr int AT_ONCE = 4;  // slots whose loads are under way together
+  for (int j0 = 0; j0 < args.top_k; j0 += AT_ONCE) {
+    int position[AT_ONCE];
+    float weight[AT_ONCE];
+    float4 v[AT_ONCE];
+#pragma unroll
+    for (int j = 0; j < AT_ONCE; ++j) {
+      const bool exists = j0 + j < args.top_k;
+      position[j] = exists ? ws.position[slot + j0 + j] : -1;
+      weight[j] = exists ? ws.weight[slot + j0 + j] : 0.f;
+    }
+#pragma unroll
+    for (int j = 0; j < AT_ONCE; ++j)
+      if (position[j] >= 0)
+        v[j] = __ldcs(reinterpret_cast<const float4*>(ws.y + static_cast<int64_t>(position[j]) * args.H + column));
+#pragma unroll
+    for (int j = 0; j < AT_ONCE; ++j)
+      if (position[j] >= 0) {
+        sum.x += v[j].x * weight[j];
+        sum.y += v[j].y * weight[j];
+        sum.z += v[j].z * weight[j];
+        sum.w += v[j].w * weight[j];
+      }
+  }
+  *reinterpret_cast<uint2*>(static_cast<uint16_t*>(args.out) + static_cast<int64_t>(token) * args.H + column) = {
+      pack_bf16x2(sum.x, sum.y), pack_bf16x2(sum.z, sum.w)};
 }
 
 }  // namespace
 
 const char* route_and_group(const MoeArgs& args, const GroupedWorkspace& ws, const Device& device,
                             cudaStream_t stream) {
-  if (args.M <= FUSED_MAX_TOKENS && args.M * args.top_k <= FUSED_MAX_SLOTS)
-    return launch_kernel(group_slots<true>, args.local_experts, GROUP_THREADS, 0, stream, {}, args, ws);
-  if (const char* why = launch_kernel(route, (args.M + 7) / 8, 256, 0, stream, {}, args, ws)) return why;
-  return launch_kernel(group_slots<false>, args.local_experts, GROUP_THREADS, 0, stream, {device.dependent_launch},
-                       args, ws);
+  const LaunchOptions options{device.dependent_launch};
+  if (args.M <= FUSED_MAX_TOKENS)
+    return launch_kernel(group_slots<true>, args.local_experts, 32 * std::min(args.M, GROUP_WARPS), SPREAD_BYTES,
+                         stream, options, args, ws);
+  if (const char* why = launch_kernel(route, (args.M + 7) / 8, 256, 0, stream, options, args, ws)) return why;
+  return launch_kernel(group_slots<false>, args.local_experts, 32 * GROUP_WARPS, 0, stream, options, args, ws);
 }
 
 const char* combine(const MoeArgs& args, const GroupedWorkspace& ws, const Device& device, cudaStream_t stream) {
   const int64_t threads = static_cast<int64_t>(args.M) * args.H / 4;
-  return launch_kernel(combine_slots, static_cast<int>((threads + 255) / 256), 256, 0, stream,
-                       {device.dependent_launch}, args, ws);
+  const int blocks = static_cast<int>((threads + 255) / 256);
+  const int shared = blocks <= 2 * device.multiprocessors ? SPREAD_BYTES : 0;
+  return launch_kernel(combine_slots, blocks, 256, shared, stream, {device.dependent_launch}, args, ws);
 }
 
 }  // namespace mxfp4_sm120

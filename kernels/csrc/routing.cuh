@@ -14,9 +14,55 @@ __device__ __forceinline__ float unsortable(uint32_t u) {
   return __uint_as_float((u & 0x80000000u) ? (u & 0x7fffffffu) : ~u);
 }
 
+// The j-th largest of a token's logits, in lane j < top_k; equal ones: the lower expert first. A lane looks at WORDS of
+// them.
+struct TopK {
+  int expert = -1;
+  float logit = 0.f, top = 0.f;  // and the largest
+};
+template <int WORDS>
+__device__ __forceinline__ TopK find_top_k(const MoeArgs& args, int token, int lane) {
+  const int64_t first = static_cast<int64_t>(token) * args.num_experts + lane;
+  float value[WORDS];
+#pragma unroll
+  for (int i = 0; i < WORDS; ++i)  // all loads together
+    if (lane + 32 * i < args.num_experts)
+      value[i] = args.logits_fp32
+                     ? static_cast<const float*>(args.router_logits)[first + 32 * i]
+                     : __bfloat162float(static_cast<const __nv_bfloat16*>(args.router_logits)[first + 32 * i]);
+  uint32_t key[WORDS];
+#pragma unroll
+  for (int i = 0; i < WORDS; ++i)
+    key[i] = lane + 32 * i < args.num_experts ? sortable(value[i]) : 0;  // 0 is below every float
+  TopK found;
+#pragma unroll 1
+  for (int j = 0; j < args.top_k; ++j) {
+    uint32_t best = key[0];
+#pragma unroll
+    for (int i = 1; i < WORDS; ++i)
+      best = max(best, key[i]);
+    best = __reduce_max_sync(~0u, best);
+    int expert = -1;
+#pragma unroll
+    for (int i = 0; i < WORDS; ++i) {
+      const uint32_t has = __ballot_sync(~0u, key[i] == best);
+      if (expert < 0 && has != 0) expert = 32 * i + __ffs(has) - 1;
+    }
+#pragma unroll
+    for (int i = 0; i < WORDS; ++i)
+      if (lane + 32 * i == expert) key[i] = 0;
+    if (j == 0) found.top = unsortable(best);
+    if (lane == j) {
+      found.expert = expert;
+      found.logit = unsortable(best);
+    }
+  }
+  return found;
+}
+
 // Lane j < k returns the j-th choice of `token`: local expert (-1: not on this rank) and its weight.
-// Equal logits: the lower expert first. A repeated expert keeps its own slot unless `merge`: then the first one gets
-// the summed weight and the others become -1.
+// A repeated expert keeps its own slot unless `merge`: then the first one gets the summed weight and the others become
+// -1.
 struct Choice {
   int expert;
   float weight;
@@ -31,51 +77,12 @@ __device__ inline Choice route_token(const MoeArgs& args, int token, int lane, b
       weight = args.topk_weights[static_cast<int64_t>(token) * k + lane];
     }
   } else {
-    uint32_t key[MAX_EXPERTS / 32];
-    const int64_t row = static_cast<int64_t>(token) * args.num_experts;
-    const int words =
-        (args.num_experts + 31) / 32;  // leaves the loops below early; they stay unrolled for the registers
-#pragma unroll
-    for (int i = 0; i < MAX_EXPERTS / 32; ++i) {
-      const int e = lane + 32 * i;
-      key[i] = 0;
-      if (i >= words) break;
-      if (e < args.num_experts) {
-        const float v = args.logits_fp32
-                            ? static_cast<const float*>(args.router_logits)[row + e]
-                            : __bfloat162float(static_cast<const __nv_bfloat16*>(args.router_logits)[row + e]);
-        key[i] = sortable(v);  // never 0: 0 is below every float
-      }
-    }
-    float logit = 0.f, top = 0.f;
-    for (int j = 0; j < k; ++j) {
-      uint32_t best = 0;
-#pragma unroll
-      for (int i = 0; i < MAX_EXPERTS / 32; ++i) {
-        if (i >= words) break;
-        best = max(best, key[i]);
-      }
-      best = __reduce_max_sync(~0u, best);
-      int chosen = MAX_EXPERTS;
-#pragma unroll
-      for (int i = 0; i < MAX_EXPERTS / 32; ++i) {
-        if (i >= words) break;
-        if (key[i] == best) chosen = min(chosen, lane + 32 * i);
-      }
-      chosen = __reduce_min_sync(~0u, chosen);
-#pragma unroll
-      for (int i = 0; i < MAX_EXPERTS / 32; ++i) {
-        if (i >= words) break;
-        if (lane + 32 * i == chosen) key[i] = 0;
-      }
-      if (j == 0) top = unsortable(best);
-      if (lane == j) {
-        expert = chosen;
-        logit = unsortable(best);
-      }
-    }
+    const TopK found = args.num_experts <= 32    ? find_top_k<1>(args, token, lane)
+                       : args.num_experts <= 128 ? find_top_k<4>(args, token, lane)
+                                                 : find_top_k<MAX_EXPERTS / 32>(args, token, lane);
+    expert = found.expert;
     // All logits -inf, or a +inf: inf - inf is NaN, as softmax gives.
-    weight = lane < k ? __expf(logit - top) : 0.f;
+    weight = lane < k ? __expf(found.logit - found.top) : 0.f;
     float sum = weight;
 #pragma unroll
     for (int d = 4; d > 0; d >>= 1)
@@ -87,7 +94,7 @@ __device__ inline Choice route_token(const MoeArgs& args, int token, int lane, b
     if (args.expert_map != nullptr) expert = expert < args.num_experts ? args.expert_map[expert] : -1;
     if (expert >= args.local_experts) expert = -1;
   }
-  if (merge) {
+  if (merge && (args.router_logits == nullptr || args.expert_map != nullptr)) {  // else all are different
     float sum = weight;
     bool repeated = false;
     for (int j = 0; j < k; ++j) {

@@ -338,6 +338,10 @@ T __reduce_min_sync(unsigned, T v) {
   return emu::reduced(v, [](T a, T b) { return a < b ? a : b; });
 }
 
+inline int __reduce_add_sync(unsigned, int v) {
+  return emu::reduced(v, [](int a, int b) { return a + b; });
+}
+
 template <typename T>
 T atomicAdd(T* p, T v) {
   return (*p += v) - v;
