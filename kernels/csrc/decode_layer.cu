@@ -37,6 +37,15 @@ struct RoutingTable {
   int8_t slot[SLOTS][TOKENS];     // [active expert][token] -> the token's slot j, or -1
   int choice[TOKENS][MAX_TOP_K];  // local expert or -1
   float weight[TOKENS][MAX_TOP_K];
+
+  // The tokens that chose an active expert, a bit each.
+  __device__ __forceinline__ uint32_t tokens_of(int active) const {
+    uint32_t chosen = 0;
+#pragma unroll
+    for (int t = 0; t < TOKENS; ++t)
+      chosen |= (slot[active][t] >= 0) << t;
+    return chosen;
+  }
 };
 
 // A ring's stages pass from those who fill them to those who empty them and back: two mbarriers each.
@@ -62,17 +71,19 @@ struct Ring {
 };
 
 // MAIN warps multiply, REDUCERS add up. A stage of the weights' ring holds EACH tiles for each main warp; an item has
-// STAGES at most, the ring RING. NT column tiles of 8 tokens.
-template <int MAIN_, int REDUCERS_, int EACH_, int STAGES_, int RING_, int NT_>
+// STAGES at most, the ring RING. NT column tiles of 8 tokens. ROWS of activations are fetched ahead, if any.
+template <int MAIN_, int REDUCERS_, int EACH_, int STAGES_, int RING_, int NT_, int ROWS_>
 struct Shape {
   static constexpr int MAIN = MAIN_, REDUCERS = REDUCERS_, EACH = EACH_, STAGES = STAGES_, RING = RING_, NT = NT_;
-  static constexpr int TOKENS = 8 * NT, COPIER = MAIN + REDUCERS, THREADS = 32 * (COPIER + 1);
+  static constexpr int ROWS = ROWS_, TOKENS = 8 * NT;
+  static constexpr int COPIER = MAIN + REDUCERS, FETCHER = COPIER + 1, THREADS = 32 * (COPIER + 1 + (ROWS > 0));
   static constexpr int STAGE_TILES = MAIN * EACH, STAGE_BYTES = STAGE_TILES * TILE_BYTES;
   static constexpr int MAX_K = STAGES * STAGE_TILES * TILE;
-  // Shared memory: weights, two buffers of sums (so that adding up and multiplying overlap), barriers, the routing.
-  static constexpr int SUM_FLOATS = MAIN * TOKENS * RED_PITCH, SUM_BUFFERS = 2;
-  static constexpr int SUMS = RING * STAGE_BYTES, BARS = SUMS + SUM_BUFFERS * SUM_FLOATS * 4;
-  static constexpr int ROUTING = BARS + (RING + SUM_BUFFERS) * 16;
+  // Shared memory: weights, activations, two buffers of sums (so that adding up and multiplying overlap), barriers, the
+  // routing.
+  static constexpr int ROW_BYTES = MAX_K * 2, SUM_FLOATS = MAIN * TOKENS * RED_PITCH, SUM_BUFFERS = 2;
+  static constexpr int ACTS = RING * STAGE_BYTES, SUMS = ACTS + ROWS * ROW_BYTES;
+  static constexpr int BARS = SUMS + SUM_BUFFERS * SUM_FLOATS * 4, ROUTING = BARS + (RING + ROWS + SUM_BUFFERS) * 16;
   static constexpr int BYTES = ROUTING + static_cast<int>(sizeof(RoutingTable<TOKENS>));
   static_assert(BYTES <= MAX_SHARED_BYTES);
 };
@@ -162,6 +173,24 @@ struct Walk {
   }
 };
 
+// On newer cards one lane copies for the warp, in bulk.
+#if __CUDA_ARCH__ >= 900
+constexpr int COPYING_LANES = 1;
+#else
+constexpr int COPYING_LANES = 32;
+#endif
+
+__device__ __forceinline__ void copy_to_stage(const Ring& ring, uint32_t dst, const void* src, int bytes, int lane) {
+#if __CUDA_ARCH__ >= 900
+  mbar_expect(ring.full(), bytes);
+  bulk_copy(dst, src, bytes, ring.full());
+#else
+  for (int i = lane * 16; i < bytes; i += 512)
+    cp_async16(dst + i, static_cast<const uint8_t*>(src) + i);
+  mbar_arrive_after_copies(ring.full());
+#endif
+}
+
 // The copier's work: the weights of the block's items, a stage after another.
 template <typename S>
 __device__ __forceinline__ void copy_weights(Ring ring, uint32_t stages, Walk at, const MoeArgs& args,
@@ -174,18 +203,37 @@ __device__ __forceinline__ void copy_weights(Ring ring, uint32_t stages, Walk at
 #pragma unroll 1
     for (int left = item_bytes; left > 0; left -= S::STAGE_BYTES) {
       const int bytes = min(left, S::STAGE_BYTES);
-      const uint32_t dst = stages + ring.stage * S::STAGE_BYTES;
       ring.wait_empty();
-#if __CUDA_ARCH__ >= 900
-      mbar_expect(ring.full(), bytes);
-      bulk_copy(dst, src, bytes, ring.full());
-#else
-      for (int i = lane * 16; i < bytes; i += 512)
-        cp_async16(dst + i, src + i);
-      mbar_arrive_after_copies(ring.full());
-#endif
+      copy_to_stage(ring, stages + ring.stage * S::STAGE_BYTES, src, bytes, lane);
       src += bytes;
       ring.advance();
+    }
+  }
+}
+
+// The fetcher's work: activations of the experts to come, as soon as they are there. An expert that many tokens chose
+// is left to the main warps.
+template <typename S>
+__device__ __forceinline__ void fetch_activations(Ring acts, uint32_t rows, Walk at, const MoeArgs& args,
+                                                  const DecodeWorkspace& ws, const RoutingTable<S::TOKENS>& rt,
+                                                  int items, int lane) {
+  int input_of = -1;
+#pragma unroll 1
+  for (; at.more(); at.step()) {
+    if (!at.second() || at.active == input_of) continue;
+    input_of = at.active;
+    const uint32_t chosen = rt.tokens_of(input_of);
+    if (__popc(chosen) > S::ROWS) continue;
+    while (load_acquire(ws.ready + input_of) < items) {
+    }
+    order_before_bulk_copies();
+#pragma unroll 1
+    for (uint32_t left = chosen; left != 0; left &= left - 1) {
+      const int token = __ffs(left) - 1, slot = token * args.top_k + rt.slot[input_of][token];
+      acts.wait_empty();
+      copy_to_stage(acts, rows + acts.stage * S::ROW_BYTES, ws.act + static_cast<int64_t>(slot) * args.I, args.I * 2,
+                    lane);
+      acts.advance();
     }
   }
 }
@@ -198,18 +246,11 @@ __global__ void __launch_bounds__(S::THREADS, 1) decode_layer(const MoeArgs args
   const int warp = threadIdx.x / 32, lane = threadIdx.x % 32, g = lane >> 2, q = lane & 3;
   const int pairs = (args.M + 1) / 2,
             reducers = min(pairs, REDUCERS);  // warps that write activations, two tokens at a time
-#if __CUDA_ARCH__ >= 900
-  const bool copies = lane == 0;
-#else
-  const bool copies = true;  // every lane of the copier
-#endif
-  Ring ring{smem_addr(smem + S::BARS), S::RING}, sums{smem_addr(smem + S::BARS) + S::RING * 16, S::SUM_BUFFERS};
+  const uint32_t bars = smem_addr(smem + S::BARS);
+  Ring ring{bars, S::RING}, acts{bars + S::RING * 16, S::ROWS}, sums{bars + (S::RING + S::ROWS) * 16, S::SUM_BUFFERS};
   if (threadIdx.x == 0) {
-#if __CUDA_ARCH__ >= 900
-    ring.init(1, MAIN);
-#else
-    ring.init(32, MAIN);
-#endif
+    ring.init(COPYING_LANES, MAIN);
+    acts.init(COPYING_LANES, MAIN);
     sums.init(MAIN, REDUCERS);
     mbar_init_fence();
   }
@@ -221,49 +262,70 @@ __global__ void __launch_bounds__(S::THREADS, 1) decode_layer(const MoeArgs args
   // Of a stage with so many tiles, this warp's.
   auto first_of = [&](int tiles) { return tiles * warp / MAIN; };
   auto count_of = [&](int tiles) { return tiles * (warp + 1) / MAIN - tiles * warp / MAIN; };
-  auto load_slice = [&](int k_tiles, auto row_of_token) {
+  auto load_slice = [&](int k_tiles, auto load) {
 #pragma unroll
-    for (int n = 0; n < NT; ++n) {
-      const uint16_t* const row = row_of_token(8 * n + g);
+    for (int c = 0; c < S::STAGES; ++c) {
+      const int tiles = max(0, min(S::STAGE_TILES, k_tiles - c * S::STAGE_TILES)), count = count_of(tiles);
+      const int first = c * S::STAGE_TILES + first_of(tiles);
 #pragma unroll
-      for (int c = 0; c < S::STAGES; ++c) {
-        const int tiles = max(0, min(S::STAGE_TILES, k_tiles - c * S::STAGE_TILES)), count = count_of(tiles);
-        const int first = c * S::STAGE_TILES + first_of(tiles);
+      for (int t = 0; t < EACH; ++t)
 #pragma unroll
-        for (int t = 0; t < EACH; ++t) {
-          b[c * EACH + t][n] = uint4{0, 0, 0, 0};
-          if (row != nullptr && t < count)
-            b[c * EACH + t][n] = __ldcg(reinterpret_cast<const uint4*>(row + (first + t) * TILE + q * 8));
-        }
-      }
+        for (int n = 0; n < NT; ++n)
+          b[c * EACH + t][n] = t < count ? load(n, (first + t) * TILE + q * 8) : uint4{0, 0, 0, 0};
     }
   };
 
   wait_for_previous_kernel();
   if (warp < MAIN)
-    load_slice(args.H / TILE, [&](int token) {
-      return token < args.M ? static_cast<const uint16_t*>(args.x) + static_cast<int64_t>(token) * args.H : nullptr;
+    load_slice(args.H / TILE, [&](int n, int k) {
+      const int token = 8 * n + g;
+      if (token >= args.M) return uint4{0, 0, 0, 0};
+      return *reinterpret_cast<const uint4*>(static_cast<const uint16_t*>(args.x) +
+                                             static_cast<int64_t>(token) * args.H + k);
     });
   build_routing(args, rt, warp, lane);
 
   Walk at(args, rt.count);
+  const int gate_up_items = at.gate_up_tiles * reducers;  // of an expert, as the reducers count them
   if (warp == S::COPIER) {
-    if (copies) copy_weights<S>(ring, smem_addr(smem), at, args, rt.expert, lane);
+    if (lane < COPYING_LANES) copy_weights<S>(ring, smem_addr(smem), at, args, rt.expert, lane);
+  } else if (S::ROWS > 0 && warp == S::FETCHER) {
+    if (lane < COPYING_LANES)
+      fetch_activations<S>(acts, smem_addr(smem) + S::ACTS, at, args, ws, rt, gate_up_items, lane);
   } else if (warp < MAIN) {
     int input_of = -1;
 #pragma unroll 1
     for (; at.more(); at.step()) {
       const int k_tiles = (at.second() ? args.I : args.H) / TILE;
-      if (at.second() && at.active != input_of) {  // wait for its activations, take this warp's slice of them
+      if (at.second() && at.active != input_of) {  // this warp's slice of its activations
         input_of = at.active;
-        if (lane == 0)
-          while (load_acquire(ws.ready + input_of) < at.gate_up_tiles * reducers) {
+        const uint32_t chosen = rt.tokens_of(input_of);
+        if (S::ROWS > 0 && __popc(chosen) <= S::ROWS) {
+          uint32_t mine = 0;
+          Ring fetched = acts;
+          for (uint32_t left = chosen; left != 0; left &= left - 1) {
+            acts.wait_full();
+            if (__ffs(left) - 1 == g) mine = smem_addr(smem) + S::ACTS + acts.stage * S::ROW_BYTES;
+            acts.advance();
           }
-        __syncwarp();
-        load_slice(k_tiles, [&](int token) {
-          const int slot = token < args.M ? rt.slot[input_of][token] : -1;
-          return slot < 0 ? nullptr : ws.act + static_cast<int64_t>(token * args.top_k + slot) * args.I;
-        });
+          load_slice(k_tiles, [&](int, int k) { return mine != 0 ? lds128(mine + k * 2) : uint4{0, 0, 0, 0}; });
+          __syncwarp();
+          for (int n = __popc(chosen); n > 0; --n) {
+            if (lane == 0) mbar_arrive(fetched.empty());
+            fetched.advance();
+          }
+        } else {
+          if (lane == 0)
+            while (load_acquire(ws.ready + input_of) < gate_up_items) {
+            }
+          __syncwarp();
+          load_slice(k_tiles, [&](int n, int k) {
+            const int token = 8 * n + g, slot = token < args.M ? rt.slot[input_of][token] : -1;
+            if (slot < 0) return uint4{0, 0, 0, 0};
+            return __ldcg(reinterpret_cast<const uint4*>(
+                ws.act + static_cast<int64_t>(token * args.top_k + slot) * args.I + k));
+          });
+        }
       }
       float acc[2][2][NT][4] = {};  // [k16 step][m16 tile]: short chains instead of long ones
 #pragma unroll
@@ -419,9 +481,9 @@ const char* launch(const MoeArgs& args, const DecodeWorkspace& ws, const Device&
 }
 
 // GPT-OSS's 90 k-tiles are three stages of 10 warps x 3 tiles. A wide input leaves registers for 8 tokens only.
-using Tokens8 = Shape<10, 2, 3, 3, 4, 1>;
-using Tokens16 = Shape<10, 1, 3, 3, 3, 2>;
-using Wide = Shape<10, 1, 3, 8, 4, 1>;
+using Tokens8 = Shape<10, 2, 3, 3, 4, 1, 2>;
+using Tokens16 = Shape<10, 1, 3, 3, 3, 2, 0>;
+using Wide = Shape<10, 1, 3, 8, 4, 1, 0>;
 
 int longest_k(const MoeArgs& args) { return std::max(args.H, args.I); }
 

@@ -70,6 +70,12 @@ __device__ __forceinline__ void bulk_copy(uint32_t dst, const void* src, uint32_
                : "memory");
 #endif
 }
+// What this thread has seen others write may be read by bulk copies.
+__device__ __forceinline__ void order_before_bulk_copies() {
+#if __CUDA_ARCH__ >= 900
+  asm volatile("fence.proxy.async.global;" ::: "memory");
+#endif
+}
 // Makes initialised mbarriers visible to the copy engine.
 __device__ __forceinline__ void mbar_init_fence() {
 #if __CUDA_ARCH__ >= 900

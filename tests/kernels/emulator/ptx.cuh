@@ -35,6 +35,7 @@ inline void mbar_arrive_after_copies(uint32_t bar) {
 }
 inline void mbar_wait(uint32_t bar, uint32_t parity) { emu::mbarrier_wait(bar, parity); }
 inline void mbar_init_fence() {}
+inline void order_before_bulk_copies() {}
 
 // Of sm_90 and newer.
 inline void mbar_expect(uint32_t bar, uint32_t bytes) { emu::mbarrier_arrive(bar, bytes); }
