@@ -77,6 +77,12 @@ struct Shape {
   static constexpr bool TAKES = BLOCKS > 1;
 };
 
+// How many warps share a row tile of the last row group, which has `left` of them (0: as many as the others).
+template <typename S>
+__device__ __forceinline__ int sharers(int left) {
+  return left == 0 || left > S::WARPS / 2 ? 1 : S::WARPS % 4 != 0 || left > S::WARPS / 4 ? 2 : 4;
+}
+
 // An expert's tokens make full tiles and a rest.
 template <typename S>
 struct Tiles {
@@ -84,14 +90,14 @@ struct Tiles {
   int offsets[MAX_EXPERTS + 1];  // where each expert's tokens begin
   int full[MAX_EXPERTS + 1];     // full tiles before each expert
   int rests[MAX_EXPERTS];        // experts with a rest, the longest first
-  int rest_count;
+  int rest_count, long_rests;    // of them: no shorter than a warp's share of a full tile in the last row group
 
   __device__ int rest_of(int e) const { return (offsets[e + 1] - offsets[e]) % TOKENS; }
 
-  __device__ void prepare(const int* from, int experts) {
+  __device__ void prepare(const int* from, int experts, int row_tiles) {
     for (int e = threadIdx.x; e <= experts; e += THREADS)
       offsets[e] = __ldcg(from + e);
-    if (threadIdx.x == 0) rest_count = 0;
+    if (threadIdx.x == 0) rest_count = long_rests = 0;
     __syncthreads();
     if (threadIdx.x < 32) {
       const int lane = threadIdx.x;
@@ -108,6 +114,7 @@ struct Tiles {
       const int mine = rest_of(e);
       if (mine == 0) continue;
       atomicAdd(&rest_count, 1);
+      if (mine * sharers<S>(row_tiles % S::WARPS) >= TOKENS) atomicAdd(&long_rests, 1);
       int rank = 0;
       for (int other = 0; other < experts; ++other) {
         const int theirs = rest_of(other);
@@ -141,23 +148,25 @@ __device__ __forceinline__ int dealt_item(int turn) {
   return turn * gridDim.x + (turn % 2 == 0 ? blockIdx.x : gridDim.x - 1 - blockIdx.x);
 }
 
-// The item of a turn; past the last its expert is -1. In order: the full tiles' whole row groups, a row group's tiles
-// together; their last row group, if it has fewer row tiles; the same of the rests. For whole warps.
+// The item of a turn; past the last its expert is -1. Those that take longer come first, for the end to be even: the
+// full tiles' whole row groups, a row group's tiles together; long rests' whole row groups; the last row group, if it
+// has fewer row tiles, of full tiles and of rests; the other rests' whole row groups. For whole warps.
 template <typename S>
 __device__ __forceinline__ Item item_of_turn(int turn, const Gemm& p, const Shared<S>& shared) {
   const Tiles<S>& tiles = shared.tiles;
   int n = S::TAKES ? shared.items[turn % TURNS] : dealt_item(turn);
   constexpr int WARPS = S::WARPS, TOKENS = S::TOKENS;
   const int row_tiles = p.rows / TILE, whole = row_tiles / WARPS, part = row_tiles % WARPS != 0;
-  const int full = tiles.full[p.experts];
-  const bool in_full = n < full * (whole + part);
-  if (!in_full) n -= full * (whole + part);
-  const int list = in_full ? full : tiles.rest_count;
-  const bool in_whole = n < list * whole;
-  if (!in_whole) n -= list * whole;
-  const int groups = in_whole ? whole : part;
+  const int full = tiles.full[p.experts], rests = tiles.rest_count, long_rests = tiles.long_rests;
+  const int longer = (full + long_rests) * whole, parts = (full + rests) * part;
+  const bool in_part = n >= longer && n < longer + parts;
+  if (in_part)
+    n -= longer;
+  else if (n >= longer)
+    n -= parts;
+  const int groups = in_part ? 1 : whole;
   Item item{-1, whole, 0, 0};
-  if (in_full) {
+  if (n < full * groups) {
     int expert = 0;  // as many as end before
     for (int e0 = 0; e0 < p.experts; e0 += 32) {
       const int e = e0 + threadIdx.x % 32;
@@ -165,12 +174,12 @@ __device__ __forceinline__ Item item_of_turn(int turn, const Gemm& p, const Shar
     }
     const int before = tiles.full[expert], here = tiles.full[expert + 1] - before;
     n -= before * groups;
-    if (in_whole) item.row_group = n / here;
+    if (!in_part) item.row_group = n / here;
     item.expert = expert;
     item.begin = tiles.offsets[expert] + n % here * TOKENS;
     item.tokens = TOKENS;
-  } else if (n < list * groups) {
-    if (in_whole) item.row_group = n % whole;
+  } else if ((n -= full * groups) < rests * groups) {
+    if (!in_part) item.row_group = n % whole;
     item.expert = tiles.rests[n / groups];
     item.tokens = tiles.rest_of(item.expert);
     item.begin = tiles.offsets[item.expert + 1] - item.tokens;
@@ -185,8 +194,8 @@ struct Part {
   int row_tile, token_tile, token_tiles;  // the row tile, and the first and the number of n8 tiles
   __device__ Part(const Item& item, int row_tiles, int warp) {
     constexpr int WARPS = S::WARPS;
-    const int first = item.row_group * WARPS, left = row_tiles - first;
-    const int parts = left > WARPS / 2 ? 1 : WARPS % 4 != 0 || left > WARPS / 4 ? 2 : 4;
+    const int first = item.row_group * WARPS;
+    const int parts = sharers<S>(row_tiles - first);
     row_tile = first + warp % (WARPS / parts);
     token_tiles = ((item.tokens + 7) / 8 + parts - 1) / parts;
     token_tile = warp / (WARPS / parts) * token_tiles;
@@ -381,7 +390,7 @@ __global__ void __launch_bounds__(S::THREADS, S::BLOCKS) grouped_gemm(const Gemm
   // is done, and fetches its first weights before gate-up's results are there.
   if (GATE_UP || !S::EARLY) wait_for_previous_kernel();
   if (GATE_UP && S::EARLY) let_next_kernel_start();
-  shared.tiles.prepare(p.offsets, p.experts);
+  shared.tiles.prepare(p.offsets, p.experts, p.rows / TILE);
   // How many turns before it comes an item is taken: the ring runs so far ahead.
   auto ahead = [&] { return 2 + STAGES / (p.K / TILE); };
   if (S::TAKES) {
