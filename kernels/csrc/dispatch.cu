@@ -1,4 +1,5 @@
 // The entry point: carves the workspace, picks kernels by token count, launches.
+#include <algorithm>
 #include <string>
 
 #include "dispatch.h"
@@ -39,7 +40,8 @@ Workspace carve(uint8_t* base, int M, int H, int I, int local_experts, int top_k
   w.grouped.order = c.take<int>(slots);
   w.grouped.position = c.take<int>(slots);
   w.decode.act = w.grouped.act = c.take<uint16_t>(slots * I);
-  w.decode.y = w.grouped.y = c.take<float>(slots * H);
+  w.decode.y = c.take<float>(static_cast<int64_t>(std::min(M, DECODE_MAX_TOKENS)) * top_k * H);
+  w.grouped.y = c.take<uint2>(slots * H / 4);
   w.bytes = c.at;
   return w;
 }

@@ -22,7 +22,7 @@ struct GroupedWorkspace {
   int* order;     // [M * k] tokens of the slots sorted by expert, stable
   int* position;  // [M * k] where each slot stands in that order, -1 if elsewhere
   uint16_t* act;  // bf16 [M * k, I], in that order
-  float* y;       // fp32 [M * k, H], in that order
+  uint2* y;       // [M * k, H / 4] by pack_four, in that order
 };
 
 struct Device {

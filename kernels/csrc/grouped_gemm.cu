@@ -23,7 +23,7 @@ struct Gemm {
   const uint8_t* weights;  // [experts, rows/32, K/32, TILE_BYTES]
   const uint16_t* bias;    // bf16 [experts, rows] or nullptr
   const uint16_t* in;      // bf16 [*, K]: the tokens (gate-up) or activations in sorted order (down)
-  void* out;               // gate-up: bf16 [slots, rows/2]; down: fp32 [slots, rows]; both in sorted order
+  void* out;               // gate-up: bf16 [slots, rows/2]; down: [slots, rows] packed by four; both in sorted order
   const int* offsets;      // [experts + 1] where each expert's slots begin
   const int* order;        // [slots] the tokens, in sorted order
   int* taken;              // items that blocks have taken, beyond those dealt; zero at the start
@@ -37,26 +37,28 @@ struct Output {
   uint8_t* first;  // in the first slot
   int stride;      // bytes from a slot to the next
   float4 bias;
+  static constexpr float SCALE = GATE_UP ? 1.f : PACKED_SCALE;
 
   __device__ __forceinline__ Output(const Gemm& p, int expert, int slot, int row)
-      : stride(GATE_UP ? p.rows : 4 * p.rows), bias{0.f, 0.f, 0.f, 0.f} {
-    first = static_cast<uint8_t*>(p.out) + static_cast<int64_t>(slot) * stride + (GATE_UP ? row : 4 * row);
+      : stride(GATE_UP ? p.rows : 2 * p.rows), bias{0.f, 0.f, 0.f, 0.f} {
+    first = static_cast<uint8_t*>(p.out) + static_cast<int64_t>(slot) * stride + (GATE_UP ? row : 2 * row);
     if (p.bias == nullptr) return;
     const uint2 v = *reinterpret_cast<const uint2*>(p.bias + static_cast<int64_t>(expert) * p.rows + row);
     const float2 lo = unpack_bf16x2(v.x), hi = unpack_bf16x2(v.y);
-    bias = {lo.x, lo.y, hi.x, hi.y};
+    bias = {lo.x * SCALE, lo.y * SCALE, hi.x * SCALE, hi.y * SCALE};
   }
 
   // Without a branch around what is not to be stored: the compiler overlaps one slot's arithmetic with the next one's.
   __device__ __forceinline__ void store(const Gemm& p, bool exists, int slot, const float (&lo)[4],
                                         const float (&hi)[4], int c) const {
-    const float v[4] = {lo[c] * ACCUMULATOR_SCALE + bias.x, lo[2 + c] * ACCUMULATOR_SCALE + bias.y,
-                        hi[c] * ACCUMULATOR_SCALE + bias.z, hi[2 + c] * ACCUMULATOR_SCALE + bias.w};
+    constexpr float scale = ACCUMULATOR_SCALE * SCALE;
+    const float v[4] = {lo[c] * scale + bias.x, lo[2 + c] * scale + bias.y, hi[c] * scale + bias.z,
+                        hi[2 + c] * scale + bias.w};
     uint8_t* const at = first + static_cast<int64_t>(slot) * stride;
     if constexpr (GATE_UP)
       store_if(exists, at, pack_bf16x2(activate(v[0], v[1], p.activation), activate(v[2], v[3], p.activation)));
     else
-      store_if(exists, at, v);
+      store_if(exists, at, pack_four(v));
   }
 };
 

@@ -89,21 +89,31 @@ __global__ void __launch_bounds__(32 * GROUP_WARPS) group_slots(const MoeArgs ar
   }
 }
 
-// out[token] = weighted sum over its slots, in slot order, in fp32. One thread: 4 columns.
+// out[token] = weighted sum over its slots, in slot order, in fp32. One thread: COLUMNS.
+constexpr int COLUMNS = 8;
+
 __global__ void __launch_bounds__(256) combine_slots(const MoeArgs args, const GroupedWorkspace ws) {
   wait_for_previous_kernel();
   let_next_kernel_start();
   if (blockIdx.x == 0 && threadIdx.x < 2) ws.taken[threadIdx.x] = 0;
-  const unsigned columns = args.H / 4, i = blockIdx.x * blockDim.x + threadIdx.x, token = i / columns;
+  const unsigned pieces = args.H / COLUMNS, i = blockIdx.x * blockDim.x + threadIdx.x, token = i / pieces;
   if (token >= args.M) return;
-  const unsigned column = (i - token * columns) * 4;
+  const unsigned piece = i - token * pieces;
   const int64_t slot = static_cast<int64_t>(token) * args.top_k;
-  float4 sum{0.f, 0.f, 0.f, 0.f};
+  const uint4* const y = reinterpret_cast<const uint4*>(ws.y) + piece;
+  float4 lo{0.f, 0.f, 0.f, 0.f}, hi = lo;
+  auto add = [](float4& sum, uint2 packed, float weight) {
+    const float4 v = unpack_four(packed);
+    sum.x += v.x * weight;
+    sum.y += v.y * weight;
+    sum.z += v.z * weight;
+    sum.w += v.w * weight;
+  };
   constexpr int AT_ONCE = 4;  // slots whose loads are under way together
   for (int j0 = 0; j0 < args.top_k; j0 += AT_ONCE) {
     int position[AT_ONCE];
     float weight[AT_ONCE];
-    float4 v[AT_ONCE];
+    uint4 v[AT_ONCE];
 #pragma unroll
     for (int j = 0; j < AT_ONCE; ++j) {
       const bool exists = j0 + j < args.top_k;
@@ -112,19 +122,16 @@ __global__ void __launch_bounds__(256) combine_slots(const MoeArgs args, const G
     }
 #pragma unroll
     for (int j = 0; j < AT_ONCE; ++j)
-      if (position[j] >= 0)
-        v[j] = __ldcs(reinterpret_cast<const float4*>(ws.y + static_cast<int64_t>(position[j]) * args.H + column));
+      if (position[j] >= 0) v[j] = __ldcs(y + static_cast<int64_t>(position[j]) * pieces);
 #pragma unroll
     for (int j = 0; j < AT_ONCE; ++j)
       if (position[j] >= 0) {
-        sum.x += v[j].x * weight[j];
-        sum.y += v[j].y * weight[j];
-        sum.z += v[j].z * weight[j];
-        sum.w += v[j].w * weight[j];
+        add(lo, {v[j].x, v[j].y}, weight[j]);
+        add(hi, {v[j].z, v[j].w}, weight[j]);
       }
   }
-  *reinterpret_cast<uint2*>(static_cast<uint16_t*>(args.out) + static_cast<int64_t>(token) * args.H + column) = {
-      pack_bf16x2(sum.x, sum.y), pack_bf16x2(sum.z, sum.w)};
+  static_cast<uint4*>(args.out)[static_cast<int64_t>(token) * pieces + piece] = {
+      pack_bf16x2(lo.x, lo.y), pack_bf16x2(lo.z, lo.w), pack_bf16x2(hi.x, hi.y), pack_bf16x2(hi.z, hi.w)};
 }
 
 }  // namespace
@@ -140,7 +147,7 @@ const char* route_and_group(const MoeArgs& args, const GroupedWorkspace& ws, con
 }
 
 const char* combine(const MoeArgs& args, const GroupedWorkspace& ws, const Device& device, cudaStream_t stream) {
-  const int64_t threads = static_cast<int64_t>(args.M) * args.H / 4;
+  const int64_t threads = static_cast<int64_t>(args.M) * args.H / COLUMNS;
   const int blocks = static_cast<int>((threads + 255) / 256);
   const int shared = blocks <= 2 * device.multiprocessors ? SPREAD_BYTES : 0;
   return launch_kernel(combine_slots, blocks, 256, shared, stream, {device.dependent_launch}, args, ws);

@@ -74,6 +74,33 @@ __device__ __forceinline__ float activate(float gate, float up, const Activation
   return gate * sigmoid(a.alpha * gate) * (up + a.shift);
 }
 
+// Four numbers in 8 bytes: 14-bit signed mantissas and one exponent, so that the largest has 13 bits besides its sign.
+// One of them NaN or infinite: all four are NaN. Numbers come divided by 2^12, which leaves room above any of them.
+constexpr float PACKED_SCALE = 1.f / 4096.f;
+
+__device__ __forceinline__ uint2 pack_four(const float (&v)[4]) {
+  const float largest = max_nan(max_nan(fabsf(v[0]), fabsf(v[1])), max_nan(fabsf(v[2]), fabsf(v[3])));
+  // 1.5 * 2^n. Added to a number it leaves the mantissa in the sum's lowest bits; for none to become 2^13, n is one
+  // higher where the largest is just below a power of two.
+  const uint32_t shift = (__float_as_uint(largest * (2048.f + 0.25f)) & 0x7f800000u) | 0x400000u, n = shift >> 23;
+  uint32_t m[4];
+#pragma unroll
+  for (int i = 0; i < 4; ++i)
+    m[i] = __float_as_uint(v[i] + __uint_as_float(shift));
+  // n's bits, two by two, above the mantissas.
+  return {(__byte_perm(m[0], m[1], 0x5410) & 0x3fff3fffu) | (n * (1u << 14 | 1u << 28) & 0xc000c000u),
+          (__byte_perm(m[2], m[3], 0x5410) & 0x3fff3fffu) | (n * (1u << 10 | 1u << 24) & 0xc000c000u)};
+}
+__device__ __forceinline__ float4 unpack_four(uint2 packed) {
+  const uint32_t x = packed.x, y = packed.y;
+  const uint32_t n = (x >> 14 & 3) | (x >> 28 & 12) | (y >> 10 & 48) | (y >> 24 & 192), shift = n << 23 | 0x400000u;
+  auto number = [&](uint32_t high) {  // the mantissa stands in its highest bits
+    const float sum = __uint_as_float(shift + static_cast<uint32_t>(static_cast<int>(high) >> 18));
+    return (sum - __uint_as_float(shift)) * (1.f / PACKED_SCALE);
+  };
+  return {number(x << 18), number(x << 2), number(y << 18), number(y << 2)};
+}
+
 // v of this lane and of those below it, added up.
 __device__ __forceinline__ int inclusive_scan(int v, int lane) {
 #pragma unroll

@@ -113,11 +113,10 @@ __device__ __forceinline__ void store_if(bool store, void* p, uint32_t v) {
                : "memory");
 }
 // Evicted first: read once.
-__device__ __forceinline__ void store_if(bool store, void* p, const float (&v)[4]) {
-  asm volatile(
-      "{ .reg .pred p; setp.ne.b32 p, %0, 0; @p st.global.cs.v4.f32 [%1], {%2, %3, %4, %5}; }" ::"r"(int{store}),
-      "l"(p), "f"(v[0]), "f"(v[1]), "f"(v[2]), "f"(v[3])
-      : "memory");
+__device__ __forceinline__ void store_if(bool store, void* p, uint2 v) {
+  asm volatile("{ .reg .pred p; setp.ne.b32 p, %0, 0; @p st.global.cs.v2.u32 [%1], {%2, %3}; }" ::"r"(int{store}),
+               "l"(p), "r"(v.x), "r"(v.y)
+               : "memory");
 }
 __device__ __forceinline__ int load_acquire(const int* p) {
   int v;

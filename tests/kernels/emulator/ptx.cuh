@@ -54,8 +54,8 @@ inline uint32_t lds32(uint32_t a) { return emu::load_shared<uint32_t>(a); }
 inline void store_if(bool store, void* p, uint32_t v) {
   if (store) std::memcpy(p, &v, sizeof(v));
 }
-inline void store_if(bool store, void* p, const float (&v)[4]) {
-  if (store) std::memcpy(p, v, sizeof(v));
+inline void store_if(bool store, void* p, uint2 v) {
+  if (store) std::memcpy(p, &v, sizeof(v));
 }
 inline int load_acquire(const int* p) {
   emu::yield();
