@@ -229,7 +229,10 @@ struct Loader {
     left = k_tiles;
     sources = 0;
     weight_chunks = 0;
-    if (item.expert < 0) return;
+    if (item.expert < 0) {  // the block is near its end
+      if (!S::EARLY) let_next_kernel_start();
+      return;
+    }
     weight_chunks = TILE_CHUNKS;
     const int row_tile = min(Part<S>(item, row_tiles, threadIdx.x / 32).row_tile, row_tiles - 1);
     weights = p.weights + (static_cast<int64_t>(item.expert) * row_tiles + row_tile) * k_tiles * TILE_BYTES +
@@ -388,9 +391,9 @@ __global__ void __launch_bounds__(S::THREADS, S::BLOCKS) grouped_gemm(const Gemm
   constexpr int STAGES = S::STAGES, STAGE_BYTES = S::STAGE_BYTES, TOKEN_TILES = S::TOKEN_TILES;
   const int warp = threadIdx.x / 32, lane = threadIdx.x % 32, g = lane >> 2, q = lane & 3;
 
-  // Gate-up waits for the grouping. An early down starts once every block of gate-up is past that wait, so the grouping
-  // is done, and fetches its first weights before gate-up's results are there.
-  if (GATE_UP || !S::EARLY) wait_for_previous_kernel();
+  // Gate-up waits for the grouping. Down starts once every block of gate-up is past that wait (EARLY) or near its end,
+  // so the grouping is done, and fetches its first weights before gate-up's results are there.
+  if (GATE_UP) wait_for_previous_kernel();
   if (GATE_UP && S::EARLY) let_next_kernel_start();
   shared.tiles.prepare(p.offsets, p.experts, p.rows / TILE);
   // How many turns before it comes an item is taken: the ring runs so far ahead.
@@ -411,10 +414,8 @@ __global__ void __launch_bounds__(S::THREADS, S::BLOCKS) grouped_gemm(const Gemm
     weights.load_weights(smem + s * STAGE_BYTES + warp * TILE_BYTES + lane * 16, 0);
     advance(weights);
   }
-  if (!GATE_UP && S::EARLY) {
-    wait_for_previous_kernel();
-    let_next_kernel_start();
-  }
+  if (!GATE_UP) wait_for_previous_kernel();
+  if (!GATE_UP && S::EARLY) let_next_kernel_start();
   for (int s = 0; s < STAGES; ++s) {
     loader.load_tokens(smem + s * STAGE_BYTES + S::WEIGHT_BYTES + threadIdx.x * 16, 0);
     cp_async_commit();
@@ -450,16 +451,14 @@ __global__ void __launch_bounds__(S::THREADS, S::BLOCKS) grouped_gemm(const Gemm
     }
     if (S::TAKES && threadIdx.x == 0) shared.items[(turn + ahead()) % TURNS] = taken;
   }
-  if (!S::EARLY) let_next_kernel_start();
 }
 
 template <typename S, bool GATE_UP>
 const char* launch(const Gemm& p, const Device& device, cudaStream_t stream) {
   static_assert(BYTES<S> * S::BLOCKS + (S::BLOCKS - 1) * 1024 <= MAX_SHARED_BYTES && 2 + S::STAGES < TURNS);
-  int bytes = BYTES<S>;
   // Asks for so much shared memory that the next kernel's blocks, which may start early, can't squeeze in beside and
   // land unevenly (a block's first KB is the system's).
-  if (S::EARLY) bytes = std::max(bytes, std::min(MAX_SHARED_BYTES, device.shared_bytes / S::BLOCKS - 1024));
+  const int bytes = std::max(BYTES<S>, std::min(MAX_SHARED_BYTES, device.shared_bytes / S::BLOCKS - 1024));
   return launch_kernel(grouped_gemm<S, GATE_UP>, device.multiprocessors * S::BLOCKS, S::THREADS, bytes, stream,
                        {device.dependent_launch}, p);
 }
