@@ -262,27 +262,33 @@ __global__ void __launch_bounds__(S::THREADS, 1) decode_layer(const MoeArgs args
   // Of a stage with so many tiles, this warp's.
   auto first_of = [&](int tiles) { return tiles * warp / MAIN; };
   auto count_of = [&](int tiles) { return tiles * (warp + 1) / MAIN - tiles * warp / MAIN; };
-  auto load_slice = [&](int k_tiles, auto load) {
+  auto load_slice = [&](int k_tiles, auto row_of_token, auto read) {  // row: a pointer or address, 0 for none
 #pragma unroll
-    for (int c = 0; c < S::STAGES; ++c) {
-      const int tiles = max(0, min(S::STAGE_TILES, k_tiles - c * S::STAGE_TILES)), count = count_of(tiles);
-      const int first = c * S::STAGE_TILES + first_of(tiles);
+    for (int n = 0; n < NT; ++n) {
+      const auto row = row_of_token(8 * n + g);
 #pragma unroll
-      for (int t = 0; t < EACH; ++t)
+      for (int c = 0; c < S::STAGES; ++c) {
+        const int tiles = max(0, min(S::STAGE_TILES, k_tiles - c * S::STAGE_TILES)), count = count_of(tiles);
+        const int first = c * S::STAGE_TILES + first_of(tiles);
 #pragma unroll
-        for (int n = 0; n < NT; ++n)
-          b[c * EACH + t][n] = t < count ? load(n, (first + t) * TILE + q * 8) : uint4{0, 0, 0, 0};
+        for (int t = 0; t < EACH; ++t) {
+          b[c * EACH + t][n] = uint4{0, 0, 0, 0};
+          if (row != 0 && t < count) b[c * EACH + t][n] = read(row + (first + t) * TILE * 2 + q * 16);
+        }
+      }
     }
   };
+  auto read_global = [](const uint8_t* at) { return __ldcg(reinterpret_cast<const uint4*>(at)); };
 
   wait_for_previous_kernel();
   if (warp < MAIN)
-    load_slice(args.H / TILE, [&](int n, int k) {
-      const int token = 8 * n + g;
-      if (token >= args.M) return uint4{0, 0, 0, 0};
-      return *reinterpret_cast<const uint4*>(static_cast<const uint16_t*>(args.x) +
-                                             static_cast<int64_t>(token) * args.H + k);
-    });
+    load_slice(
+        args.H / TILE,
+        [&](int token) {
+          return token < args.M ? static_cast<const uint8_t*>(args.x) + static_cast<int64_t>(token) * args.H * 2
+                                : nullptr;
+        },
+        read_global);
   build_routing(args, rt, warp, lane);
 
   Walk at(args, rt.count);
@@ -308,7 +314,7 @@ __global__ void __launch_bounds__(S::THREADS, 1) decode_layer(const MoeArgs args
             if (__ffs(left) - 1 == g) mine = smem_addr(smem) + S::ACTS + acts.stage * S::ROW_BYTES;
             acts.advance();
           }
-          load_slice(k_tiles, [&](int, int k) { return mine != 0 ? lds128(mine + k * 2) : uint4{0, 0, 0, 0}; });
+          load_slice(k_tiles, [&](int) { return mine; }, lds128);
           __syncwarp();
           for (int n = __popc(chosen); n > 0; --n) {
             if (lane == 0) mbar_arrive(fetched.empty());
@@ -319,12 +325,14 @@ __global__ void __launch_bounds__(S::THREADS, 1) decode_layer(const MoeArgs args
             while (load_acquire(ws.ready + input_of) < gate_up_items) {
             }
           __syncwarp();
-          load_slice(k_tiles, [&](int n, int k) {
-            const int token = 8 * n + g, slot = token < args.M ? rt.slot[input_of][token] : -1;
-            if (slot < 0) return uint4{0, 0, 0, 0};
-            return __ldcg(reinterpret_cast<const uint4*>(
-                ws.act + static_cast<int64_t>(token * args.top_k + slot) * args.I + k));
-          });
+          load_slice(
+              k_tiles,
+              [&](int token) {
+                const int slot = token < args.M ? rt.slot[input_of][token] : -1;
+                const auto* const act = reinterpret_cast<const uint8_t*>(ws.act);
+                return slot < 0 ? nullptr : act + static_cast<int64_t>(token * args.top_k + slot) * args.I * 2;
+              },
+              read_global);
         }
       }
       float acc[2][2][NT][4] = {};  // [k16 step][m16 tile]: short chains instead of long ones
