@@ -27,6 +27,8 @@ namespace {
 // Floats between two tokens of a reduction buffer: 32 rows and 4 more, so that a quarter warp's 16-byte stores hit all
 // banks.
 constexpr int RED_PITCH = TILE + 4;
+// Items chosen before all warps are done with the first of them: the weights' ring holds two, and parts of one more.
+constexpr int ITEMS_AHEAD = 4;
 
 template <int TOKENS>
 struct RoutingTable {
@@ -83,7 +85,8 @@ struct Shape {
   // routing.
   static constexpr int ROW_BYTES = MAX_K * 2, SUM_FLOATS = MAIN * TOKENS * RED_PITCH, SUM_BUFFERS = 2;
   static constexpr int ACTS = RING * STAGE_BYTES, SUMS = ACTS + ROWS * ROW_BYTES;
-  static constexpr int BARS = SUMS + SUM_BUFFERS * SUM_FLOATS * 4, ROUTING = BARS + (RING + ROWS + SUM_BUFFERS) * 16;
+  static constexpr int BARS = SUMS + SUM_BUFFERS * SUM_FLOATS * 4;
+  static constexpr int ITEMS = BARS + (RING + ROWS + SUM_BUFFERS + ITEMS_AHEAD) * 16, ROUTING = ITEMS + ITEMS_AHEAD * 4;
   static constexpr int BYTES = ROUTING + static_cast<int>(sizeof(RoutingTable<TOKENS>));
   static_assert(BYTES <= MAX_SHARED_BYTES);
 };
@@ -130,46 +133,39 @@ __device__ __forceinline__ void build_routing(const MoeArgs& args, RoutingTable<
   __syncthreads();
 }
 
-// A block's items, one after the other: in each phase a run of them. Phases are gate-up of the first experts and of the
-// rest, then down of the first and of the rest, so that down begins with what was finished long ago.
-struct Walk {
-  static constexpr int WAVES = 2;
-  int gate_up_tiles, down_tiles, experts;  // row tiles of an expert; active experts
-  int phase = -1, left = 0, first = 0;     // items left of this phase's run; the block that gets the first item
-  int active, row_tile, row_tiles;         // place among the active experts, row tile of how many
-
-  __device__ __forceinline__ Walk(const MoeArgs& args, int experts)
-      : gate_up_tiles(2 * args.I / TILE), down_tiles(args.H / TILE), experts(experts) {
-    step();
+// What a block works on next: 32 rows of one active expert.
+struct Item {
+  int word;
+  __device__ __forceinline__ static Item of(bool down, int active, int row_tile, bool last) {
+    return {row_tile | active << 16 | down << 28 | last << 29};
   }
-  __device__ __forceinline__ bool more() const { return phase < 2 * WAVES; }
-  __device__ __forceinline__ bool second() const { return phase >= WAVES; }
-  __device__ __forceinline__ void step() {
-    if (--left > 0) {
-      if (++row_tile == row_tiles) {
-        row_tile = 0;
-        ++active;
-      }
-      return;
+  __device__ __forceinline__ static Item none() { return {-1}; }
+  __device__ __forceinline__ bool exists() const { return word >= 0; }
+  __device__ __forceinline__ int row_tile() const { return word & 0xffff; }
+  __device__ __forceinline__ int active() const { return word >> 16 & 0xfff; }  // place among the active experts
+  __device__ __forceinline__ bool down() const { return word >> 28 & 1; }
+  __device__ __forceinline__ bool last() const { return word >> 29 & 1; }  // of those made known together
+};
+
+// The items that the copier has chosen, for the other warps.
+struct Items {
+  Ring ring;
+  volatile int* words;
+  __device__ __forceinline__ void put(Item item, int lane) {
+    ring.wait_empty();
+    if (lane == 0) {
+      words[ring.stage] = item.word;
+      mbar_arrive(ring.full());
     }
-    // Runs of a phase differ by one item at most; the longer ones begin where the last phase's ended.
-    const int blocks = gridDim.x;
-    for (;;) {
-      if (++phase == 2 * WAVES) return;
-      row_tiles = second() ? down_tiles : gate_up_tiles;
-      const int wave = phase % WAVES, begin = experts * wave / WAVES, end = experts * (wave + 1) / WAVES;
-      const int items = (end - begin) * row_tiles, each = items / blocks, longer = items - each * blocks;
-      const int rank = blockIdx.x - first + (static_cast<int>(blockIdx.x) < first ? blocks : 0);
-      first += longer;
-      if (first >= blocks) first -= blocks;
-      left = each + (rank < longer);
-      if (left == 0) continue;
-      const int item = rank * each + min(rank, longer);
-      active = item / row_tiles;
-      row_tile = item - active * row_tiles;
-      active += begin;
-      return;
-    }
+    ring.advance();
+  }
+  __device__ __forceinline__ Item get(int lane) {
+    ring.wait_full();
+    const Item item{words[ring.stage]};
+    __syncwarp();
+    if (lane == 0) mbar_arrive(ring.empty());
+    ring.advance();
+    return item;
   }
 };
 
@@ -181,6 +177,7 @@ constexpr int COPYING_LANES = 32;
 #endif
 
 __device__ __forceinline__ void copy_to_stage(const Ring& ring, uint32_t dst, const void* src, int bytes, int lane) {
+  if (lane >= COPYING_LANES) return;
 #if __CUDA_ARCH__ >= 900
   mbar_expect(ring.full(), bytes);
   bulk_copy(dst, src, bytes, ring.full());
@@ -191,40 +188,60 @@ __device__ __forceinline__ void copy_to_stage(const Ring& ring, uint32_t dst, co
 #endif
 }
 
-// The copier's work: the weights of the block's items, a stage after another.
+// The copier's work: choose the block's items, and copy their weights, a stage after another. Most of a GEMM's items
+// are dealt, in two runs; the last ones are for whoever comes first, since multiprocessors don't get weights equally
+// fast. So the first experts' activations are finished when down begins with these.
 template <typename S>
-__device__ __forceinline__ void copy_weights(Ring ring, uint32_t stages, Walk at, const MoeArgs& args,
-                                             const int* experts, int lane) {
+__device__ __forceinline__ void copy_weights(Ring ring, uint32_t stages, Items items, const MoeArgs& args,
+                                             const DecodeWorkspace& ws, const RoutingTable<S::TOKENS>& rt, int lane) {
+  const int blocks = gridDim.x;
 #pragma unroll 1
-  for (; at.more(); at.step()) {
-    const int item_bytes = (at.second() ? args.I : args.H) / TILE * TILE_BYTES;
-    const uint8_t* src = (at.second() ? args.w2 : args.w13) +
-                         (static_cast<int64_t>(experts[at.active]) * at.row_tiles + at.row_tile) * item_bytes;
+  for (int down = 0; down < 2; ++down) {
+    const int row_tiles = (down ? args.H : 2 * args.I) / TILE,
+              item_bytes = (down ? args.I : args.H) / TILE * TILE_BYTES;
+    const int count = rt.count * row_tiles, each = count / blocks;
+    const int dealt = max(0, each - 2 - each / 12), first_run = dealt / 2;
+    int n = blockIdx.x * first_run;
 #pragma unroll 1
-    for (int left = item_bytes; left > 0; left -= S::STAGE_BYTES) {
-      const int bytes = min(left, S::STAGE_BYTES);
-      ring.wait_empty();
-      copy_to_stage(ring, stages + ring.stage * S::STAGE_BYTES, src, bytes, lane);
-      src += bytes;
-      ring.advance();
+    for (int turn = 0;; ++turn, ++n) {
+      if (turn == first_run) n = blocks * first_run + blockIdx.x * (dealt - first_run);
+      if (turn >= dealt) {
+        if (lane == 0) n = blocks * dealt + atomicAdd(ws.taken + down, 1);
+        n = __shfl_sync(~0u, n, 0);
+        if (n >= count) break;
+      }
+      const int active = n / row_tiles, row_tile = n - active * row_tiles;
+      const bool last = turn + 1 == first_run || turn + 1 >= dealt || row_tile + 1 == row_tiles;
+      items.put(Item::of(down, active, row_tile, last), lane);
+      const uint8_t* src =
+          (down ? args.w2 : args.w13) + (static_cast<int64_t>(rt.expert[active]) * row_tiles + row_tile) * item_bytes;
+#pragma unroll 1
+      for (int left = item_bytes; left > 0; left -= S::STAGE_BYTES) {
+        const int bytes = min(left, S::STAGE_BYTES);
+        ring.wait_empty();
+        copy_to_stage(ring, stages + ring.stage * S::STAGE_BYTES, src, bytes, lane);
+        src += bytes;
+        ring.advance();
+      }
     }
   }
+  items.put(Item::none(), lane);
 }
 
 // The fetcher's work: activations of the experts to come, as soon as they are there. An expert that many tokens chose
 // is left to the main warps.
 template <typename S>
-__device__ __forceinline__ void fetch_activations(Ring acts, uint32_t rows, Walk at, const MoeArgs& args,
+__device__ __forceinline__ void fetch_activations(Ring acts, uint32_t rows, Items items, const MoeArgs& args,
                                                   const DecodeWorkspace& ws, const RoutingTable<S::TOKENS>& rt,
-                                                  int items, int lane) {
+                                                  int gate_up_items, int lane) {
   int input_of = -1;
 #pragma unroll 1
-  for (; at.more(); at.step()) {
-    if (!at.second() || at.active == input_of) continue;
-    input_of = at.active;
+  for (Item item = items.get(lane); item.exists(); item = items.get(lane)) {
+    if (!item.down() || item.active() == input_of) continue;
+    input_of = item.active();
     const uint32_t chosen = rt.tokens_of(input_of);
     if (__popc(chosen) > S::ROWS) continue;
-    while (load_acquire(ws.ready + input_of) < items) {
+    while (load_acquire(ws.ready + input_of) < gate_up_items) {
     }
     order_before_bulk_copies();
 #pragma unroll 1
@@ -244,14 +261,17 @@ __global__ void __launch_bounds__(S::THREADS, 1) decode_layer(const MoeArgs args
   extern __shared__ __align__(128) uint8_t smem[];
   RoutingTable<TOKENS>& rt = *reinterpret_cast<RoutingTable<TOKENS>*>(smem + S::ROUTING);
   const int warp = threadIdx.x / 32, lane = threadIdx.x % 32, g = lane >> 2, q = lane & 3;
-  const int pairs = (args.M + 1) / 2,
-            reducers = min(pairs, REDUCERS);  // warps that write activations, two tokens at a time
+  const int pairs = (args.M + 1) / 2;  // of tokens: a reducer writes activations of two at a time
+  // Named barriers, one for each buffer of sums (0 is __syncthreads).
+  constexpr int SUMS_FULL = 1, SUMS_THREADS = 32 * (MAIN + REDUCERS);
   const uint32_t bars = smem_addr(smem + S::BARS);
   Ring ring{bars, S::RING}, acts{bars + S::RING * 16, S::ROWS}, sums{bars + (S::RING + S::ROWS) * 16, S::SUM_BUFFERS};
+  Items items{{bars + (S::RING + S::ROWS + S::SUM_BUFFERS) * 16, ITEMS_AHEAD}, reinterpret_cast<int*>(smem + S::ITEMS)};
   if (threadIdx.x == 0) {
     ring.init(COPYING_LANES, MAIN);
     acts.init(COPYING_LANES, MAIN);
     sums.init(MAIN, REDUCERS);
+    items.ring.init(1, MAIN + REDUCERS + (S::ROWS > 0));
     mbar_init_fence();
   }
   clear_routing(rt);
@@ -291,20 +311,19 @@ __global__ void __launch_bounds__(S::THREADS, 1) decode_layer(const MoeArgs args
         read_global);
   build_routing(args, rt, warp, lane);
 
-  Walk at(args, rt.count);
-  const int gate_up_items = at.gate_up_tiles * reducers;  // of an expert, as the reducers count them
+  // Of an expert, as the reducers count them.
+  const int gate_up_items = 2 * args.I / TILE * min(pairs, REDUCERS);
   if (warp == S::COPIER) {
-    if (lane < COPYING_LANES) copy_weights<S>(ring, smem_addr(smem), at, args, rt.expert, lane);
+    copy_weights<S>(ring, smem_addr(smem), items, args, ws, rt, lane);
   } else if (S::ROWS > 0 && warp == S::FETCHER) {
-    if (lane < COPYING_LANES)
-      fetch_activations<S>(acts, smem_addr(smem) + S::ACTS, at, args, ws, rt, gate_up_items, lane);
+    fetch_activations<S>(acts, smem_addr(smem) + S::ACTS, items, args, ws, rt, gate_up_items, lane);
   } else if (warp < MAIN) {
     int input_of = -1;
 #pragma unroll 1
-    for (; at.more(); at.step()) {
-      const int k_tiles = (at.second() ? args.I : args.H) / TILE;
-      if (at.second() && at.active != input_of) {  // this warp's slice of its activations
-        input_of = at.active;
+    for (Item item = items.get(lane); item.exists(); item = items.get(lane)) {
+      const int k_tiles = (item.down() ? args.I : args.H) / TILE;
+      if (item.down() && item.active() != input_of) {  // this warp's slice of its activations
+        input_of = item.active();
         const uint32_t chosen = rt.tokens_of(input_of);
         if (S::ROWS > 0 && __popc(chosen) <= S::ROWS) {
           uint32_t mine = 0;
@@ -381,33 +400,34 @@ __global__ void __launch_bounds__(S::THREADS, 1) decode_layer(const MoeArgs args
           if (token < args.M)
             *reinterpret_cast<float4*>(mine + token * RED_PITCH) = {sum(0, 0), sum(0, 1), sum(1, 0), sum(1, 1)};
         }
-      __syncwarp();
-      if (lane == 0) mbar_arrive(sums.full());
+      barrier_arrive(SUMS_FULL + sums.stage, SUMS_THREADS);
       sums.advance();
     }
   } else {
     const int reducer = warp - MAIN;
     // This lane's bias of an item: gate's and up's of one output, or one row's. Fetched an item ahead: under the load
     // of the weights a single value takes as long as an item.
-    auto bias_of = [&](const Walk& at) -> uint32_t {
-      const void* const bias = at.second() ? args.w2_bias : args.w13_bias;
-      if (bias == nullptr || !at.more()) return 0;
-      const int64_t row = (static_cast<int64_t>(rt.expert[at.active]) * at.row_tiles + at.row_tile) * TILE;
-      if (at.second()) return static_cast<const uint16_t*>(bias)[row + lane];
+    auto bias_of = [&](Item item) -> uint32_t {
+      const void* const bias = item.down() ? args.w2_bias : args.w13_bias;
+      if (bias == nullptr || !item.exists()) return 0;
+      const int row_tiles = (item.down() ? args.H : 2 * args.I) / TILE;
+      const int64_t row = (static_cast<int64_t>(rt.expert[item.active()]) * row_tiles + item.row_tile()) * TILE;
+      if (item.down()) return static_cast<const uint16_t*>(bias)[row + lane];
       return static_cast<const uint32_t*>(bias)[row / 2 + lane % 16];
     };
-    uint32_t next_bias = bias_of(at);
-    int finished = 0;  // items of the current expert whose activations this warp has written
+    Item next = items.get(lane);
+    uint32_t next_bias = bias_of(next);
+    int finished = 0;  // items whose activations this warp has written and not yet made known
 #pragma unroll 1
-    while (at.more()) {
-      const bool second = at.second();
-      const int a = at.active, row_tile = at.row_tile;
+    while (next.exists()) {
+      const Item item = next;
+      const int a = item.active(), row_tile = item.row_tile();
       const float2 bias = unpack_bf16x2(next_bias);
-      at.step();
-      sums.wait_full();
-      next_bias = bias_of(at);
+      barrier_wait(SUMS_FULL + sums.stage, SUMS_THREADS);
+      next = items.get(lane);
+      next_bias = bias_of(next);
       const float* const parts = reinterpret_cast<const float*>(smem + S::SUMS) + sums.stage * S::SUM_FLOATS;
-      if (!second) {
+      if (!item.down()) {
         const int j = lane % 16;
         for (int pair = reducer; pair < pairs; pair += REDUCERS) {
           const int token = pair * 2 + lane / 16, slot = token < args.M ? rt.slot[a][token] : -1;
@@ -439,9 +459,9 @@ __global__ void __launch_bounds__(S::THREADS, 1) decode_layer(const MoeArgs args
       __syncwarp();
       if (lane == 0) mbar_arrive(sums.empty());
       sums.advance();
-      if (second) continue;
+      if (item.down()) continue;
       ++finished;
-      if (!at.more() || at.second() || at.active != a) {
+      if (item.last()) {
         if (lane == 0 && reducer < pairs) add_release(ws.ready + a, finished);
         finished = 0;
       }
@@ -476,7 +496,7 @@ __global__ void __launch_bounds__(S::THREADS, 1) decode_layer(const MoeArgs args
     if (__shfl_sync(~0u, before, 0) == static_cast<int>(gridDim.x) - 1) {
       for (int i = lane; i < rt.count; i += 32)
         ws.ready[i] = 0;
-      if (lane < 2) ws.done[lane] = 0;
+      if (lane < 2) ws.done[lane] = ws.taken[lane] = 0;
     }
   }
 }

@@ -10,6 +10,7 @@ constexpr int DECODE_MAX_TOKENS = 16;  // two n8 column tiles
 struct DecodeWorkspace {
   int* ready;     // [256] gate-up items finished, per active expert
   int* done;      // [2] blocks that have arrived at the grid barrier, and left it
+  int* taken;     // [2] items that blocks have taken, of gate-up and of down
   uint16_t* act;  // bf16 [M * k, I]
   float* y;       // fp32 [M * k, H], already weighted
 };
