@@ -43,7 +43,7 @@ def test_each_native_kernel_has_its_turn():
     "backend, reason",
     [
         (faulty.Wrong, "wrong numbers: relative error 0.0"),
-        (faulty.Misroutes, "wrong numbers: relative error 1 at 1 tokens, the router, expected at most 0.01;"),
+        (faulty.Misroutes, "wrong numbers: relative error 0.65 at 1 tokens, the router, expected at most 0.01;"),
         (faulty.Raises, "RuntimeError: no kernel image is available;"),
         (faulty.Hangs, "no answer within 10 s (MXFP4_SM120_PROOF_SECONDS);"),
         (faulty.Kills, "its process died (killed by SIGSEGV): it said nothing;"),
@@ -148,7 +148,7 @@ def test_the_problem():
     small = proof.problem_shape(CPU, GPT_OSS)
     assert small.hidden_size // 32 % 4 and small.intermediate_size // 32 % 4 and small.has_bias
     on_card = proof.problem_shape(Machine((12, 0), (12, 8), "RTX 5090"), replace(GPT_OSS, local_experts=16))
-    assert (on_card.num_experts, on_card.local_experts, on_card.hidden_size) == (32, 16, 2880)
+    assert (on_card.num_experts, on_card.local_experts, on_card.hidden_size) == (40, 20, 2880)
     with torch.device("meta"):  # as vLLM makes its layers, under another default device
         assert proof.why_not(Tiled, CPU, GPT_OSS) is None
     _, logits = proof.random_inputs(small, 150, "cpu")
