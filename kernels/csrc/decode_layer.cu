@@ -1,17 +1,17 @@
 // A whole MoE layer in one launch, for up to 16 tokens: the time is the time to stream the chosen experts' weights
 // once.
 //
-// A persistent grid, one block per multiprocessor. An item is 32 weight rows of one active expert; a block owns a run
-// of gate-up items, then a run of down items. Its warps have three trades. One copies weights into a ring of stages,
-// each a stretch of an item's K. The main warps share every stage, so each has the same slice of K of all items, and
-// multiply. Reducers add the slices up, apply bias and activation, and write. Main warps so never wait for anything but
-// weights, and the ring runs ahead over the seam between the two GEMMs: down-projection weights are in flight while the
-// last activations are still being made.
+// A persistent grid, one block per multiprocessor. An item is 32 weight rows of one active expert; a block works on
+// some of gate-up, then on some of down. Its warps have four trades. The copier chooses items and copies their weights
+// into a ring of stages, each a stretch of an item's K. The main warps share every stage, so each has the same slice of
+// K of all items, and multiply. Reducers add the slices up, apply bias and activation, and write. The fetcher brings
+// activations as soon as they are there. Main warps so hardly wait for anything but weights, and the ring runs ahead
+// over the seam between the two GEMMs: down-projection weights are in flight while the last activations are still being
+// made.
 //
 // All tokens are columns of every active expert's product (8 or 16 of them): a column whose token did not choose the
 // expert costs nothing that matters here (the tensor cores idle) and is ignored afterwards. A warp's slice of the input
-// stays in its registers for as long as the expert's input does: the whole gate-up phase, and one expert of the down
-// phase.
+// stays in its registers for as long as it is the input: the whole of gate-up, and one expert's items of down.
 //
 // Results meet in fp32 in the workspace; after a grid barrier every output is summed in slot order: same bits every
 // run.
