@@ -1,6 +1,7 @@
 // What every kernel of the layer shares: the tiled weight layout, the tile product, the activation.
 #pragma once
 #include <cuda_bf16.h>
+#include <cuda_fp16.h>
 
 #include "decode.cuh"
 #include "ptx.cuh"
@@ -74,31 +75,43 @@ __device__ __forceinline__ float activate(float gate, float up, const Activation
   return gate * sigmoid(a.alpha * gate) * (up + a.shift);
 }
 
-// Four numbers in 8 bytes: 14-bit signed mantissas and one exponent, so that the largest has 13 bits besides its sign.
-// One of them NaN or infinite: all four are NaN. Numbers come divided by 2^12, which leaves room above any of them.
+__device__ __forceinline__ float2 unpack_bf16x2(uint32_t v) {
+  return {__uint_as_float(v << 16), __uint_as_float(v & 0xffff0000u)};
+}
+__device__ __forceinline__ uint32_t pack_bf16x2(float lo, float hi) {
+  const __nv_bfloat162 v = __floats2bfloat162_rn(lo, hi);
+  return *reinterpret_cast<const uint32_t*>(&v);
+}
+__device__ __forceinline__ float2 unpack_fp16x2(uint32_t v) {
+  return __half22float2(*reinterpret_cast<const __half2*>(&v));
+}
+__device__ __forceinline__ uint32_t pack_fp16x2(float lo, float hi) {
+  const __half2 v = __floats2half2_rn(lo, hi);
+  return *reinterpret_cast<const uint32_t*>(&v);
+}
+
+// Four numbers in 8 bytes: FP16s of them, scaled so that the largest is just below 2^-7. Then two bits of each FP16 are
+// zero, and hold the exponent instead. A number keeps 11 bits, down to 1/64 of the largest; from there on its last bit
+// is 2^-17 of it: beside a number a thousand times as large it is as good as in BF16. One of them NaN or infinite: all
+// four are NaN. Numbers come divided by 2^12, so that the scale is a float whatever they are.
 constexpr float PACKED_SCALE = 1.f / 4096.f;
+constexpr uint32_t FREE_BITS = 0x60006000u;
 
 __device__ __forceinline__ uint2 pack_four(const float (&v)[4]) {
   const float largest = max_nan(max_nan(fabsf(v[0]), fabsf(v[1])), max_nan(fabsf(v[2]), fabsf(v[3])));
-  // 1.5 * 2^n. Added to a number it leaves the mantissa in the sum's lowest bits; for none to become 2^13, n is one
-  // higher where the largest is just below a power of two.
-  const uint32_t shift = (__float_as_uint(largest * (2048.f + 0.25f)) & 0x7f800000u) | 0x400000u, n = shift >> 23;
-  uint32_t m[4];
-#pragma unroll
-  for (int i = 0; i < 4; ++i)
-    m[i] = __float_as_uint(v[i] + __uint_as_float(shift));
-  // n's bits, two by two, above the mantissas.
-  return {(__byte_perm(m[0], m[1], 0x5410) & 0x3fff3fffu) | (n * (1u << 14 | 1u << 28) & 0xc000c000u),
-          (__byte_perm(m[2], m[3], 0x5410) & 0x3fff3fffu) | (n * (1u << 10 | 1u << 24) & 0xc000c000u)};
+  // Just below a power of two the exponent is one higher, for FP16 not to round up to 2^-7.
+  const uint32_t n = __float_as_uint(largest * (1.f + 1.f / 2048.f)) >> 23;
+  const float scale = __uint_as_float((127 + 126 - 7 - n) << 23);
+  return {pack_fp16x2(v[0] * scale, v[1] * scale) | (n * (1u << 13 | 1u << 27) & FREE_BITS),
+          pack_fp16x2(v[2] * scale, v[3] * scale) | (n * (1u << 9 | 1u << 23) & FREE_BITS)};
 }
 __device__ __forceinline__ float4 unpack_four(uint2 packed) {
   const uint32_t x = packed.x, y = packed.y;
-  const uint32_t n = (x >> 14 & 3) | (x >> 28 & 12) | (y >> 10 & 48) | (y >> 24 & 192), shift = n << 23 | 0x400000u;
-  auto number = [&](uint32_t high) {  // the mantissa stands in its highest bits
-    const float sum = __uint_as_float(shift + static_cast<uint32_t>(static_cast<int>(high) >> 18));
-    return (sum - __uint_as_float(shift)) * (1.f / PACKED_SCALE);
-  };
-  return {number(x << 18), number(x << 2), number(y << 18), number(y << 2)};
+  const uint32_t n = (x >> 13 & 3) | (x >> 27 & 12) | (y >> 9 & 48) | (y >> 23 & 192);
+  const float scale = n == 255 ? NAN : __uint_as_float(n << 23);  // 2^(n - 127)
+  constexpr float REST = 256.f / PACKED_SCALE;                    // 2^(n - 119) undoes pack_four's scale
+  const float2 lo = unpack_fp16x2(x & ~FREE_BITS), hi = unpack_fp16x2(y & ~FREE_BITS);
+  return {lo.x * REST * scale, lo.y * REST * scale, hi.x * REST * scale, hi.y * REST * scale};
 }
 
 // v of this lane and of those below it, added up.
@@ -109,14 +122,6 @@ __device__ __forceinline__ int inclusive_scan(int v, int lane) {
     if (lane >= d) v += up;
   }
   return v;
-}
-
-__device__ __forceinline__ float2 unpack_bf16x2(uint32_t v) {
-  return {__uint_as_float(v << 16), __uint_as_float(v & 0xffff0000u)};
-}
-__device__ __forceinline__ uint32_t pack_bf16x2(float lo, float hi) {
-  const __nv_bfloat162 v = __floats2bfloat162_rn(lo, hi);
-  return *reinterpret_cast<const uint32_t*>(&v);
 }
 
 }  // namespace mxfp4_sm120

@@ -124,6 +124,23 @@ def test_another_ranks_experts_are_left_out(library: ctypes.CDLL, config: int, c
         assert not out.any()
 
 
+@KERNELS_AND_CARDS
+def test_outputs_beside_a_huge_one_keep_their_digits(library: ctypes.CDLL, config: int):
+    """One output in eight is a thousand times as large as the others; the kernels pack four together."""
+    shape = MoEShape(4, 4, 64, 96, 2)
+    x, logits = inputs(shape, 40 if config else 16, 4)
+    weights = proof.random_weights(shape, "cpu")
+    weights.w2_scale[:, 3::8] += 10
+    weights.w2_bias[:] = 0
+    library.emulate(2, True, 0)
+    out = Emulated(library, shape, weights)(x, logits, config)
+    ids, gates = topk_softmax(logits, shape.top_k)
+    expected = reference(weights, x, ids, gates, shape.activation, None, activation_dtype=torch.bfloat16)
+    others = torch.arange(64) % 8 != 3
+    difference, size = (out.double() - expected)[:, others].norm(), expected[:, others].norm()
+    assert difference <= 4e-3 * size and size < expected.norm() / 100
+
+
 @pytest.mark.parametrize(("tokens", "experts", "hidden"), [(1, 32, 2880), (7, 5, 736), (64, 3, 8), (6, 2, 9216)])
 def test_router(library: ctypes.CDLL, tokens: int, experts: int, hidden: int):
     x, _ = inputs(MoEShape(experts, experts, hidden, 32, 1), tokens, 3)
