@@ -30,7 +30,7 @@ MAX_TOP_K = 8
 # The longest row that the kernel for few tokens holds in registers, and that the others are tested with.
 MAX_SIZE = 7168
 
-# More are computed in parts: longer ones are no faster, and the workspace (69 KB a token of gpt-oss-20b) stays bounded.
+# More are computed in parts: longer ones are no faster, and the workspace (46 KB a token of gpt-oss-20b) stays bounded.
 MOST_TOKENS = 8192
 
 # For more tokens the router is a GEMM library's business; kernels/csrc/moe.h says the same.
