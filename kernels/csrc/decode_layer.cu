@@ -79,6 +79,7 @@ struct Shape {
   static constexpr int MAIN = MAIN_, REDUCERS = REDUCERS_, EACH = EACH_, STAGES = STAGES_, RING = RING_, NT = NT_;
   static constexpr int ROWS = ROWS_, TOKENS = 8 * NT;
   static constexpr int COPIER = MAIN + REDUCERS, FETCHER = COPIER + 1, THREADS = 32 * (COPIER + 1 + (ROWS > 0));
+  static constexpr int SUM_THREADS = 32 * (MAIN + REDUCERS);  // those who make sums and those who add them up
   static constexpr int STAGE_TILES = MAIN * EACH, STAGE_BYTES = STAGE_TILES * TILE_BYTES;
   static constexpr int MAX_K = STAGES * STAGE_TILES * TILE;
   // Shared memory: weights, activations, two buffers of sums (so that adding up and multiplying overlap), barriers, the
@@ -188,121 +189,325 @@ __device__ __forceinline__ void copy_to_stage(const Ring& ring, uint32_t dst, co
 #endif
 }
 
-// The copier's work: choose the block's items, and copy their weights, a stage after another. Most of a GEMM's items
-// are dealt, in two runs; the last ones are for whoever comes first, since multiprocessors don't get weights equally
-// fast. So the first experts' activations are finished when down begins with these.
-template <typename S>
-__device__ __forceinline__ void copy_weights(Ring ring, uint32_t stages, Items items, const MoeArgs& args,
-                                             const DecodeWorkspace& ws, const RoutingTable<S::TOKENS>& rt, int lane) {
-  const int blocks = gridDim.x;
-#pragma unroll 1
-  for (int down = 0; down < 2; ++down) {
-    const int row_tiles = (down ? args.H : 2 * args.I) / TILE,
-              item_bytes = (down ? args.I : args.H) / TILE * TILE_BYTES;
-    const int count = rt.count * row_tiles, each = count / blocks;
-    const int dealt = max(0, each - 2 - each / 12), first_run = dealt / 2;
-    int n = blockIdx.x * first_run;
-#pragma unroll 1
-    for (int turn = 0;; ++turn, ++n) {
-      if (turn == first_run) n = blocks * first_run + blockIdx.x * (dealt - first_run);
-      if (turn >= dealt) {
-        if (lane == 0) n = blocks * dealt + atomicAdd(ws.taken + down, 1);
-        n = __shfl_sync(~0u, n, 0);
-        if (n >= count) break;
-      }
-      const int active = n / row_tiles, row_tile = n - active * row_tiles;
-      const bool last = turn + 1 == first_run || turn + 1 >= dealt || row_tile + 1 == row_tiles;
-      items.put(Item::of(down, active, row_tile, last), lane);
-      const uint8_t* src =
-          (down ? args.w2 : args.w13) + (static_cast<int64_t>(rt.expert[active]) * row_tiles + row_tile) * item_bytes;
-#pragma unroll 1
-      for (int left = item_bytes; left > 0; left -= S::STAGE_BYTES) {
-        const int bytes = min(left, S::STAGE_BYTES);
-        ring.wait_empty();
-        copy_to_stage(ring, stages + ring.stage * S::STAGE_BYTES, src, bytes, lane);
-        src += bytes;
-        ring.advance();
-      }
-    }
-  }
-  items.put(Item::none(), lane);
-}
+// Named barriers by which main warps hand sums to reducers, one for each buffer (0 is __syncthreads).
+constexpr int SUMS_FULL = 1;
 
-// The fetcher's work: activations of the experts to come, as soon as they are there. An expert that many tokens chose
-// is left to the main warps.
+// What a block's warps work with; each warp has its own copy, and so its own places in the rings.
 template <typename S>
-__device__ __forceinline__ void fetch_activations(Ring acts, uint32_t rows, Items items, const MoeArgs& args,
-                                                  const DecodeWorkspace& ws, const RoutingTable<S::TOKENS>& rt,
-                                                  int gate_up_items, int lane) {
-  int input_of = -1;
-#pragma unroll 1
-  for (Item item = items.get(lane); item.exists(); item = items.get(lane)) {
-    if (!item.down() || item.active() == input_of) continue;
-    input_of = item.active();
-    const uint32_t chosen = rt.tokens_of(input_of);
-    if (__popc(chosen) > S::ROWS) continue;
-    while (load_acquire(ws.ready + input_of) < gate_up_items) {
-    }
-    order_before_bulk_copies();
-#pragma unroll 1
-    for (uint32_t left = chosen; left != 0; left &= left - 1) {
-      const int token = __ffs(left) - 1, slot = token * args.top_k + rt.slot[input_of][token];
-      acts.wait_empty();
-      copy_to_stage(acts, rows + acts.stage * S::ROW_BYTES, ws.act + static_cast<int64_t>(slot) * args.I, args.I * 2,
-                    lane);
-      acts.advance();
-    }
-  }
-}
+struct Block {
+  const MoeArgs& args;
+  const DecodeWorkspace& ws;
+  uint8_t* smem;
+  RoutingTable<S::TOKENS>& rt;
+  Ring weights;
+  Ring acts;  // a token's activations a stage
+  Ring sums;  // full ones are handed over by named barriers instead, SUMS_FULL
+  Items items;
 
-template <typename S>
-__global__ void __launch_bounds__(S::THREADS, 1) decode_layer(const MoeArgs args, const DecodeWorkspace ws) {
-  constexpr int MAIN = S::MAIN, REDUCERS = S::REDUCERS, EACH = S::EACH, NT = S::NT, TOKENS = S::TOKENS;
-  extern __shared__ __align__(128) uint8_t smem[];
-  RoutingTable<TOKENS>& rt = *reinterpret_cast<RoutingTable<TOKENS>*>(smem + S::ROUTING);
-  const int warp = threadIdx.x / 32, lane = threadIdx.x % 32, g = lane >> 2, q = lane & 3;
-  const int pairs = (args.M + 1) / 2;  // of tokens: a reducer writes activations of two at a time
-  // Named barriers, one for each buffer of sums (0 is __syncthreads).
-  constexpr int SUMS_FULL = 1, SUMS_THREADS = 32 * (MAIN + REDUCERS);
-  const uint32_t bars = smem_addr(smem + S::BARS);
-  Ring ring{bars, S::RING}, acts{bars + S::RING * 16, S::ROWS}, sums{bars + (S::RING + S::ROWS) * 16, S::SUM_BUFFERS};
-  Items items{{bars + (S::RING + S::ROWS + S::SUM_BUFFERS) * 16, ITEMS_AHEAD}, reinterpret_cast<int*>(smem + S::ITEMS)};
-  if (threadIdx.x == 0) {
-    ring.init(COPYING_LANES, MAIN);
-    acts.init(COPYING_LANES, MAIN);
-    sums.init(MAIN, REDUCERS);
-    items.ring.init(1, MAIN + REDUCERS + (S::ROWS > 0));
+  __device__ __forceinline__ Block(const MoeArgs& args, const DecodeWorkspace& ws, uint8_t* smem)
+      : args(args),
+        ws(ws),
+        smem(smem),
+        rt(*reinterpret_cast<RoutingTable<S::TOKENS>*>(smem + S::ROUTING)),
+        weights{smem_addr(smem + S::BARS), S::RING},
+        acts{weights.bars + S::RING * 16, S::ROWS},
+        sums{acts.bars + S::ROWS * 16, S::SUM_BUFFERS},
+        items{{sums.bars + S::SUM_BUFFERS * 16, ITEMS_AHEAD}, reinterpret_cast<int*>(smem + S::ITEMS)} {}
+  __device__ __forceinline__ void init() const {
+    weights.init(COPYING_LANES, S::MAIN);
+    acts.init(COPYING_LANES, S::MAIN);
+    sums.init(S::MAIN, S::REDUCERS);
+    items.ring.init(1, S::MAIN + S::REDUCERS + (S::ROWS > 0));
     mbar_init_fence();
   }
-  clear_routing(rt);
-  __syncthreads();
+  __device__ __forceinline__ int pairs() const { return (args.M + 1) / 2; }  // of tokens: a reducer's activations
+  // Of an expert, as the reducers count them.
+  __device__ __forceinline__ int gate_up_items() const { return 2 * args.I / TILE * min(pairs(), S::REDUCERS); }
+  __device__ __forceinline__ float* sum_buffer() const {
+    return reinterpret_cast<float*>(smem + S::SUMS) + sums.stage * S::SUM_FLOATS;
+  }
+};
 
-  // B operands of this warp's slice: 8 values of token g (and g + 8) at each of its tiles.
-  uint4 b[S::STAGES * EACH][NT];
+// The B operands of a main warp: its slice of an item's input, 8 values of token g (and g + 8) at each of its tiles.
+template <typename S>
+struct Slice {
+  uint4 b[S::STAGES * S::EACH][S::NT];
+  int warp, g, q;
+
+  __device__ __forceinline__ Slice(int warp, int lane) : warp(warp), g(lane >> 2), q(lane & 3) {}
   // Of a stage with so many tiles, this warp's.
-  auto first_of = [&](int tiles) { return tiles * warp / MAIN; };
-  auto count_of = [&](int tiles) { return tiles * (warp + 1) / MAIN - tiles * warp / MAIN; };
-  auto load_slice = [&](int k_tiles, auto row_of_token, auto read) {  // row: a pointer or address, 0 for none
+  __device__ __forceinline__ int first_of(int tiles) const { return tiles * warp / S::MAIN; }
+  __device__ __forceinline__ int count_of(int tiles) const {
+    return tiles * (warp + 1) / S::MAIN - tiles * warp / S::MAIN;
+  }
+  // A token's row is a pointer or an address in shared memory, 0 for none.
+  template <typename RowOfToken, typename Read>
+  __device__ __forceinline__ void load(int k_tiles, RowOfToken row_of_token, Read read) {
 #pragma unroll
-    for (int n = 0; n < NT; ++n) {
+    for (int n = 0; n < S::NT; ++n) {
       const auto row = row_of_token(8 * n + g);
 #pragma unroll
       for (int c = 0; c < S::STAGES; ++c) {
         const int tiles = max(0, min(S::STAGE_TILES, k_tiles - c * S::STAGE_TILES)), count = count_of(tiles);
         const int first = c * S::STAGE_TILES + first_of(tiles);
 #pragma unroll
-        for (int t = 0; t < EACH; ++t) {
-          b[c * EACH + t][n] = uint4{0, 0, 0, 0};
-          if (row != 0 && t < count) b[c * EACH + t][n] = read(row + (first + t) * TILE * 2 + q * 16);
+        for (int t = 0; t < S::EACH; ++t) {
+          b[c * S::EACH + t][n] = uint4{0, 0, 0, 0};
+          if (row != 0 && t < count) b[c * S::EACH + t][n] = read(row + (first + t) * TILE * 2 + q * 16);
         }
       }
     }
+  }
+};
+
+__device__ __forceinline__ uint4 read_global(const uint8_t* at) { return __ldcg(reinterpret_cast<const uint4*>(at)); }
+
+// The copier's work: choose the block's items, and copy their weights, a stage after another. Most of a GEMM's items
+// are dealt, in two runs; the last ones are for whoever comes first, since multiprocessors don't get weights equally
+// fast. So the first experts' activations are finished when down begins with these.
+template <typename S>
+__device__ __forceinline__ void copy_weights(Block<S> block, int lane) {
+  const MoeArgs& args = block.args;
+  Ring& ring = block.weights;
+  const int blocks = gridDim.x;
+#pragma unroll 1
+  for (int down = 0; down < 2; ++down) {
+    const int row_tiles = (down ? args.H : 2 * args.I) / TILE,
+              item_bytes = (down ? args.I : args.H) / TILE * TILE_BYTES;
+    const int count = block.rt.count * row_tiles, each = count / blocks;
+    const int dealt = max(0, each - 2 - each / 12), first_run = dealt / 2;
+    int n = blockIdx.x * first_run;
+#pragma unroll 1
+    for (int turn = 0;; ++turn, ++n) {
+      if (turn == first_run) n = blocks * first_run + blockIdx.x * (dealt - first_run);
+      if (turn >= dealt) {
+        if (lane == 0) n = blocks * dealt + atomicAdd(block.ws.taken + down, 1);
+        n = __shfl_sync(~0u, n, 0);
+        if (n >= count) break;
+      }
+      const int active = n / row_tiles, row_tile = n - active * row_tiles;
+      const bool last = turn + 1 == first_run || turn + 1 >= dealt || row_tile + 1 == row_tiles;
+      block.items.put(Item::of(down, active, row_tile, last), lane);
+      const uint8_t* src = (down ? args.w2 : args.w13) +
+                           (static_cast<int64_t>(block.rt.expert[active]) * row_tiles + row_tile) * item_bytes;
+#pragma unroll 1
+      for (int left = item_bytes; left > 0; left -= S::STAGE_BYTES) {
+        const int bytes = min(left, S::STAGE_BYTES);
+        ring.wait_empty();
+        copy_to_stage(ring, smem_addr(block.smem) + ring.stage * S::STAGE_BYTES, src, bytes, lane);
+        src += bytes;
+        ring.advance();
+      }
+    }
+  }
+  block.items.put(Item::none(), lane);
+}
+
+// The fetcher's work: activations of the experts to come, as soon as they are there. An expert that many tokens chose
+// is left to the main warps.
+template <typename S>
+__device__ __forceinline__ void fetch_activations(Block<S> block, int lane) {
+  const MoeArgs& args = block.args;
+  const auto& rt = block.rt;
+  Ring& acts = block.acts;
+  int input_of = -1;
+#pragma unroll 1
+  for (Item item = block.items.get(lane); item.exists(); item = block.items.get(lane)) {
+    if (!item.down() || item.active() == input_of) continue;
+    input_of = item.active();
+    const uint32_t chosen = rt.tokens_of(input_of);
+    if (__popc(chosen) > S::ROWS) continue;
+    while (load_acquire(block.ws.ready + input_of) < block.gate_up_items()) {
+    }
+    order_before_bulk_copies();
+#pragma unroll 1
+    for (uint32_t left = chosen; left != 0; left &= left - 1) {
+      const int token = __ffs(left) - 1, slot = token * args.top_k + rt.slot[input_of][token];
+      acts.wait_empty();
+      copy_to_stage(acts, smem_addr(block.smem) + S::ACTS + acts.stage * S::ROW_BYTES,
+                    block.ws.act + static_cast<int64_t>(slot) * args.I, args.I * 2, lane);
+      acts.advance();
+    }
+  }
+}
+
+// A main warp's work: its slice of K of every item, and the sums of that for the reducers.
+template <typename S>
+__device__ __forceinline__ void multiply(Block<S> block, Slice<S>& input, int lane) {
+  constexpr int EACH = S::EACH, NT = S::NT;
+  const MoeArgs& args = block.args;
+  const auto& rt = block.rt;
+  Ring &weights = block.weights, &acts = block.acts, &sums = block.sums;
+  int input_of = -1;
+#pragma unroll 1
+  for (Item item = block.items.get(lane); item.exists(); item = block.items.get(lane)) {
+    const int k_tiles = (item.down() ? args.I : args.H) / TILE;
+    if (item.down() && item.active() != input_of) {  // this warp's slice of its activations
+      input_of = item.active();
+      const uint32_t chosen = rt.tokens_of(input_of);
+      if (S::ROWS > 0 && __popc(chosen) <= S::ROWS) {
+        uint32_t mine = 0;
+        Ring fetched = acts;
+        for (uint32_t left = chosen; left != 0; left &= left - 1) {
+          acts.wait_full();
+          if (__ffs(left) - 1 == input.g) mine = smem_addr(block.smem) + S::ACTS + acts.stage * S::ROW_BYTES;
+          acts.advance();
+        }
+        input.load(k_tiles, [&](int) { return mine; }, lds128);
+        __syncwarp();
+        for (int n = __popc(chosen); n > 0; --n) {
+          if (lane == 0) mbar_arrive(fetched.empty());
+          fetched.advance();
+        }
+      } else {
+        if (lane == 0)
+          while (load_acquire(block.ws.ready + input_of) < block.gate_up_items()) {
+          }
+        __syncwarp();
+        input.load(
+            k_tiles,
+            [&](int token) {
+              const int slot = token < args.M ? rt.slot[input_of][token] : -1;
+              const auto* const act = reinterpret_cast<const uint8_t*>(block.ws.act);
+              return slot < 0 ? nullptr : act + static_cast<int64_t>(token * args.top_k + slot) * args.I * 2;
+            },
+            read_global);
+      }
+    }
+    float acc[2][2][NT][4] = {};  // [k16 step][m16 tile]: short chains instead of long ones
+#pragma unroll
+    for (int c = 0; c < S::STAGES; ++c) {
+      const int tiles = k_tiles - c * S::STAGE_TILES;
+      if (tiles <= 0) break;
+      auto multiply = [&](uint32_t tile_at, int t) {
+        const PackedTile tile = load_tile(tile_at, lane);
+        const int i = c * EACH + t;
+#pragma unroll
+        for (int m = 0; m < 2; ++m) {
+          const AFragments f = decode_half_tile(tile, m);
+#pragma unroll
+          for (int n = 0; n < NT; ++n) {
+            mma_bf16(acc[0][m][n], f.lo[0], f.hi[0], f.lo[1], f.hi[1], input.b[i][n].x, input.b[i][n].y);
+            mma_bf16(acc[1][m][n], f.lo[2], f.hi[2], f.lo[3], f.hi[3], input.b[i][n].z, input.b[i][n].w);
+          }
+        }
+      };
+      const uint32_t stage = smem_addr(block.smem) + weights.stage * S::STAGE_BYTES;
+      weights.wait_full();
+      if (tiles >= S::STAGE_TILES) {  // no branch between its tiles: they overlap
+#pragma unroll
+        for (int t = 0; t < EACH; ++t)
+          multiply(stage + (input.warp * EACH + t) * TILE_BYTES, t);
+      } else {
+        const int first = input.first_of(tiles), count = input.count_of(tiles);
+#pragma unroll
+        for (int t = 0; t < EACH; ++t)
+          if (t < count) multiply(stage + (first + t) * TILE_BYTES, t);
+      }
+      __syncwarp();
+      if (lane == 0) mbar_arrive(weights.empty());
+      weights.advance();
+    }
+    sums.wait_empty();
+    float* const mine = block.sum_buffer() + input.warp * S::TOKENS * RED_PITCH + 4 * input.g;
+#pragma unroll
+    for (int n = 0; n < NT; ++n)
+#pragma unroll
+      for (int c = 0; c < 2; ++c) {
+        const int token = 8 * n + 2 * input.q + c;
+        auto sum = [&](int m, int half) { return acc[0][m][n][2 * half + c] + acc[1][m][n][2 * half + c]; };
+        if (token < args.M)
+          *reinterpret_cast<float4*>(mine + token * RED_PITCH) = {sum(0, 0), sum(0, 1), sum(1, 0), sum(1, 1)};
+      }
+    barrier_arrive(SUMS_FULL + sums.stage, S::SUM_THREADS);
+    sums.advance();
+  }
+}
+
+// A reducer's work: add slices up, then bias and activation, or bias and the routing weight.
+template <typename S>
+__device__ __forceinline__ void add_up(Block<S> block, int reducer, int lane) {
+  const MoeArgs& args = block.args;
+  const DecodeWorkspace& ws = block.ws;
+  const auto& rt = block.rt;
+  Ring& sums = block.sums;
+  // This lane's bias of an item: gate's and up's of one output, or one row's. Fetched an item ahead: under the load
+  // of the weights a single value takes as long as an item.
+  auto bias_of = [&](Item item) -> uint32_t {
+    const void* const bias = item.down() ? args.w2_bias : args.w13_bias;
+    if (bias == nullptr || !item.exists()) return 0;
+    const int row_tiles = (item.down() ? args.H : 2 * args.I) / TILE;
+    const int64_t row = (static_cast<int64_t>(rt.expert[item.active()]) * row_tiles + item.row_tile()) * TILE;
+    if (item.down()) return static_cast<const uint16_t*>(bias)[row + lane];
+    return static_cast<const uint32_t*>(bias)[row / 2 + lane % 16];
   };
-  auto read_global = [](const uint8_t* at) { return __ldcg(reinterpret_cast<const uint4*>(at)); };
+  Item next = block.items.get(lane);
+  uint32_t next_bias = bias_of(next);
+  int finished = 0;  // items whose activations this warp has written and not yet made known
+#pragma unroll 1
+  while (next.exists()) {
+    const Item item = next;
+    const int a = item.active(), row_tile = item.row_tile();
+    const float2 bias = unpack_bf16x2(next_bias);
+    barrier_wait(SUMS_FULL + sums.stage, S::SUM_THREADS);
+    next = block.items.get(lane);
+    next_bias = bias_of(next);
+    const float* const parts = block.sum_buffer();
+    if (!item.down()) {
+      const int j = lane % 16;
+      for (int pair = reducer; pair < block.pairs(); pair += S::REDUCERS) {
+        const int token = pair * 2 + lane / 16, slot = token < args.M ? rt.slot[a][token] : -1;
+        if (slot < 0) continue;
+        float gate = 0.f, up = 0.f;
+#pragma unroll
+        for (int w = 0; w < S::MAIN; ++w) {
+          const float2 v = *reinterpret_cast<const float2*>(parts + (w * S::TOKENS + token) * RED_PITCH + 2 * j);
+          gate += v.x;
+          up += v.y;
+        }
+        const float v = activate(gate * ACCUMULATOR_SCALE + bias.x, up * ACCUMULATOR_SCALE + bias.y,
+                                 activation_of(args.swiglu_oai));
+        ws.act[static_cast<int64_t>(token * args.top_k + slot) * args.I + row_tile * 16 + j] =
+            __bfloat16_as_ushort(__float2bfloat16_rn(v));
+      }
+    } else {
+      for (int token = reducer; token < args.M; token += S::REDUCERS) {
+        const int slot = rt.slot[a][token];
+        if (slot < 0) continue;
+        float v = 0.f;
+#pragma unroll
+        for (int w = 0; w < S::MAIN; ++w)
+          v += parts[(w * S::TOKENS + token) * RED_PITCH + lane];
+        __stcg(ws.y + static_cast<int64_t>(token * args.top_k + slot) * args.H + row_tile * TILE + lane,
+               (v * ACCUMULATOR_SCALE + bias.x) * rt.weight[token][slot]);
+      }
+    }
+    __syncwarp();
+    if (lane == 0) mbar_arrive(sums.empty());
+    sums.advance();
+    if (item.down()) continue;
+    ++finished;
+    if (item.last()) {
+      if (lane == 0 && reducer < block.pairs()) add_release(ws.ready + a, finished);
+      finished = 0;
+    }
+  }
+}
+
+template <typename S>
+__global__ void __launch_bounds__(S::THREADS, 1) decode_layer(const MoeArgs args, const DecodeWorkspace ws) {
+  extern __shared__ __align__(128) uint8_t smem[];
+  const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
+  Block<S> block(args, ws, smem);
+  auto& rt = block.rt;
+  if (threadIdx.x == 0) block.init();
+  clear_routing(rt);
+  __syncthreads();
 
   wait_for_previous_kernel();
-  if (warp < MAIN)
-    load_slice(
+  Slice<S> input(warp, lane);
+  if (warp < S::MAIN)
+    input.load(
         args.H / TILE,
         [&](int token) {
           return token < args.M ? static_cast<const uint8_t*>(args.x) + static_cast<int64_t>(token) * args.H * 2
@@ -311,162 +516,14 @@ __global__ void __launch_bounds__(S::THREADS, 1) decode_layer(const MoeArgs args
         read_global);
   build_routing(args, rt, warp, lane);
 
-  // Of an expert, as the reducers count them.
-  const int gate_up_items = 2 * args.I / TILE * min(pairs, REDUCERS);
-  if (warp == S::COPIER) {
-    copy_weights<S>(ring, smem_addr(smem), items, args, ws, rt, lane);
-  } else if (S::ROWS > 0 && warp == S::FETCHER) {
-    fetch_activations<S>(acts, smem_addr(smem) + S::ACTS, items, args, ws, rt, gate_up_items, lane);
-  } else if (warp < MAIN) {
-    int input_of = -1;
-#pragma unroll 1
-    for (Item item = items.get(lane); item.exists(); item = items.get(lane)) {
-      const int k_tiles = (item.down() ? args.I : args.H) / TILE;
-      if (item.down() && item.active() != input_of) {  // this warp's slice of its activations
-        input_of = item.active();
-        const uint32_t chosen = rt.tokens_of(input_of);
-        if (S::ROWS > 0 && __popc(chosen) <= S::ROWS) {
-          uint32_t mine = 0;
-          Ring fetched = acts;
-          for (uint32_t left = chosen; left != 0; left &= left - 1) {
-            acts.wait_full();
-            if (__ffs(left) - 1 == g) mine = smem_addr(smem) + S::ACTS + acts.stage * S::ROW_BYTES;
-            acts.advance();
-          }
-          load_slice(k_tiles, [&](int) { return mine; }, lds128);
-          __syncwarp();
-          for (int n = __popc(chosen); n > 0; --n) {
-            if (lane == 0) mbar_arrive(fetched.empty());
-            fetched.advance();
-          }
-        } else {
-          if (lane == 0)
-            while (load_acquire(ws.ready + input_of) < gate_up_items) {
-            }
-          __syncwarp();
-          load_slice(
-              k_tiles,
-              [&](int token) {
-                const int slot = token < args.M ? rt.slot[input_of][token] : -1;
-                const auto* const act = reinterpret_cast<const uint8_t*>(ws.act);
-                return slot < 0 ? nullptr : act + static_cast<int64_t>(token * args.top_k + slot) * args.I * 2;
-              },
-              read_global);
-        }
-      }
-      float acc[2][2][NT][4] = {};  // [k16 step][m16 tile]: short chains instead of long ones
-#pragma unroll
-      for (int c = 0; c < S::STAGES; ++c) {
-        const int tiles = k_tiles - c * S::STAGE_TILES;
-        if (tiles <= 0) break;
-        auto multiply = [&](uint32_t tile_at, int t) {
-          const PackedTile tile = load_tile(tile_at, lane);
-          const int i = c * EACH + t;
-#pragma unroll
-          for (int m = 0; m < 2; ++m) {
-            const AFragments f = decode_half_tile(tile, m);
-#pragma unroll
-            for (int n = 0; n < NT; ++n) {
-              mma_bf16(acc[0][m][n], f.lo[0], f.hi[0], f.lo[1], f.hi[1], b[i][n].x, b[i][n].y);
-              mma_bf16(acc[1][m][n], f.lo[2], f.hi[2], f.lo[3], f.hi[3], b[i][n].z, b[i][n].w);
-            }
-          }
-        };
-        const uint32_t stage = smem_addr(smem) + ring.stage * S::STAGE_BYTES;
-        ring.wait_full();
-        if (tiles >= S::STAGE_TILES) {  // no branch between its tiles: they overlap
-#pragma unroll
-          for (int t = 0; t < EACH; ++t)
-            multiply(stage + (warp * EACH + t) * TILE_BYTES, t);
-        } else {
-          const int first = first_of(tiles), count = count_of(tiles);
-#pragma unroll
-          for (int t = 0; t < EACH; ++t)
-            if (t < count) multiply(stage + (first + t) * TILE_BYTES, t);
-        }
-        __syncwarp();
-        if (lane == 0) mbar_arrive(ring.empty());
-        ring.advance();
-      }
-      sums.wait_empty();
-      float* const mine =
-          reinterpret_cast<float*>(smem + S::SUMS) + sums.stage * S::SUM_FLOATS + warp * TOKENS * RED_PITCH + 4 * g;
-#pragma unroll
-      for (int n = 0; n < NT; ++n)
-#pragma unroll
-        for (int c = 0; c < 2; ++c) {
-          const int token = 8 * n + 2 * q + c;
-          auto sum = [&](int m, int half) { return acc[0][m][n][2 * half + c] + acc[1][m][n][2 * half + c]; };
-          if (token < args.M)
-            *reinterpret_cast<float4*>(mine + token * RED_PITCH) = {sum(0, 0), sum(0, 1), sum(1, 0), sum(1, 1)};
-        }
-      barrier_arrive(SUMS_FULL + sums.stage, SUMS_THREADS);
-      sums.advance();
-    }
-  } else {
-    const int reducer = warp - MAIN;
-    // This lane's bias of an item: gate's and up's of one output, or one row's. Fetched an item ahead: under the load
-    // of the weights a single value takes as long as an item.
-    auto bias_of = [&](Item item) -> uint32_t {
-      const void* const bias = item.down() ? args.w2_bias : args.w13_bias;
-      if (bias == nullptr || !item.exists()) return 0;
-      const int row_tiles = (item.down() ? args.H : 2 * args.I) / TILE;
-      const int64_t row = (static_cast<int64_t>(rt.expert[item.active()]) * row_tiles + item.row_tile()) * TILE;
-      if (item.down()) return static_cast<const uint16_t*>(bias)[row + lane];
-      return static_cast<const uint32_t*>(bias)[row / 2 + lane % 16];
-    };
-    Item next = items.get(lane);
-    uint32_t next_bias = bias_of(next);
-    int finished = 0;  // items whose activations this warp has written and not yet made known
-#pragma unroll 1
-    while (next.exists()) {
-      const Item item = next;
-      const int a = item.active(), row_tile = item.row_tile();
-      const float2 bias = unpack_bf16x2(next_bias);
-      barrier_wait(SUMS_FULL + sums.stage, SUMS_THREADS);
-      next = items.get(lane);
-      next_bias = bias_of(next);
-      const float* const parts = reinterpret_cast<const float*>(smem + S::SUMS) + sums.stage * S::SUM_FLOATS;
-      if (!item.down()) {
-        const int j = lane % 16;
-        for (int pair = reducer; pair < pairs; pair += REDUCERS) {
-          const int token = pair * 2 + lane / 16, slot = token < args.M ? rt.slot[a][token] : -1;
-          if (slot < 0) continue;
-          float gate = 0.f, up = 0.f;
-#pragma unroll
-          for (int w = 0; w < MAIN; ++w) {
-            const float2 v = *reinterpret_cast<const float2*>(parts + (w * TOKENS + token) * RED_PITCH + 2 * j);
-            gate += v.x;
-            up += v.y;
-          }
-          const float v = activate(gate * ACCUMULATOR_SCALE + bias.x, up * ACCUMULATOR_SCALE + bias.y,
-                                   activation_of(args.swiglu_oai));
-          ws.act[static_cast<int64_t>(token * args.top_k + slot) * args.I + row_tile * 16 + j] =
-              __bfloat16_as_ushort(__float2bfloat16_rn(v));
-        }
-      } else {
-        for (int token = reducer; token < args.M; token += REDUCERS) {
-          const int slot = rt.slot[a][token];
-          if (slot < 0) continue;
-          float v = 0.f;
-#pragma unroll
-          for (int w = 0; w < MAIN; ++w)
-            v += parts[(w * TOKENS + token) * RED_PITCH + lane];
-          __stcg(ws.y + static_cast<int64_t>(token * args.top_k + slot) * args.H + row_tile * TILE + lane,
-                 (v * ACCUMULATOR_SCALE + bias.x) * rt.weight[token][slot]);
-        }
-      }
-      __syncwarp();
-      if (lane == 0) mbar_arrive(sums.empty());
-      sums.advance();
-      if (item.down()) continue;
-      ++finished;
-      if (item.last()) {
-        if (lane == 0 && reducer < pairs) add_release(ws.ready + a, finished);
-        finished = 0;
-      }
-    }
-  }
+  if (warp == S::COPIER)
+    copy_weights(block, lane);
+  else if (S::ROWS > 0 && warp == S::FETCHER)
+    fetch_activations(block, lane);
+  else if (warp < S::MAIN)
+    multiply(block, input, lane);
+  else
+    add_up(block, warp - S::MAIN, lane);
 
   // ---- every block's results are in: add each token's slots ----
   let_next_kernel_start();
