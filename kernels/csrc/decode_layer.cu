@@ -333,7 +333,7 @@ __device__ __forceinline__ void fetch_activations(Block<S> block, int lane) {
 
 // A main warp's work: its slice of K of every item, and the sums of that for the reducers.
 template <typename S>
-__device__ __forceinline__ void multiply(Block<S> block, Slice<S>& input, int lane) {
+__device__ __forceinline__ void multiply_items(Block<S> block, Slice<S>& input, int lane) {
   constexpr int EACH = S::EACH, NT = S::NT;
   const MoeArgs& args = block.args;
   const auto& rt = block.rt;
@@ -426,7 +426,7 @@ __device__ __forceinline__ void multiply(Block<S> block, Slice<S>& input, int la
 
 // A reducer's work: add slices up, then bias and activation, or bias and the routing weight.
 template <typename S>
-__device__ __forceinline__ void add_up(Block<S> block, int reducer, int lane) {
+__device__ __forceinline__ void reduce_items(Block<S> block, int reducer, int lane) {
   const MoeArgs& args = block.args;
   const DecodeWorkspace& ws = block.ws;
   const auto& rt = block.rt;
@@ -521,9 +521,9 @@ __global__ void __launch_bounds__(S::THREADS, 1) decode_layer(const MoeArgs args
   else if (S::ROWS > 0 && warp == S::FETCHER)
     fetch_activations(block, lane);
   else if (warp < S::MAIN)
-    multiply(block, input, lane);
+    multiply_items(block, input, lane);
   else
-    add_up(block, warp - S::MAIN, lane);
+    reduce_items(block, warp - S::MAIN, lane);
 
   // ---- every block's results are in: add each token's slots ----
   let_next_kernel_start();

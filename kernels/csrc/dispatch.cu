@@ -32,8 +32,7 @@ Workspace carve(uint8_t* base, int M, int H, int I, int local_experts, int top_k
   const int64_t slots = static_cast<int64_t>(M) * top_k;
   w.decode.ready = c.take<int>(MAX_EXPERTS);
   w.decode.done = c.take<int>(2);
-  w.decode.taken = c.take<int>(2);
-  w.grouped.taken = c.take<int>(2);
+  w.decode.taken = w.grouped.taken = c.take<int>(2);
   c.at = COUNTER_BYTES;
   w.grouped.expert = c.take<int>(slots);
   w.grouped.weight = c.take<float>(slots);

@@ -1,5 +1,5 @@
-// The little of CUDA's runtime that launches kernels, for the emulator. The device is an SM 8.x: what newer cards
-// have in hardware (bulk copies, dependent launches) isn't emulated, the kernels take their other road.
+// The little of CUDA's runtime that launches kernels, for the emulator. The device is an SM 8.x: dependent
+// launches aren't emulated.
 #pragma once
 #include "emulator.h"
 

@@ -66,11 +66,8 @@ inline std::mt19937 random{0};
 struct Copy {
   void* to;
   const void* from;
-  int bytes, zeros;
-  void run() const {
-    std::memcpy(to, from, bytes);
-    std::memset(static_cast<uint8_t*>(to) + bytes, 0, zeros);
-  }
+  int bytes;
+  void run() const { std::memcpy(to, from, bytes); }
 };
 
 struct Warp {
@@ -158,9 +155,9 @@ inline void check_copy(uint32_t to, const void* from, int bytes) {
   if (to % 16 != 0 || reinterpret_cast<uintptr_t>(from) % 16 != 0) fail("a copy isn't aligned");
   if (to + bytes > now->block->shared.size()) fail("a copy leaves shared memory");
 }
-inline void start_copy(uint32_t to, const void* from, int bytes, int zeros) {
-  check_copy(to, from, bytes + zeros);
-  const Copy copy{shared_memory() + to, from, bytes, zeros};
+inline void start_copy(uint32_t to, const void* from, int bytes) {
+  check_copy(to, from, bytes);
+  const Copy copy{shared_memory() + to, from, bytes};
   if (late_copies)
     now->groups.back().push_back(copy);
   else
@@ -327,15 +324,9 @@ T __shfl_xor_sync(unsigned, T v, int mask) {
 inline unsigned __ballot_sync(unsigned, bool v) {
   return emu::reduced(v ? 1u << emu::lane() : 0u, [](unsigned a, unsigned b) { return a | b; });
 }
-inline bool __any_sync(unsigned mask, bool v) { return __ballot_sync(mask, v) != 0; }
-inline bool __all_sync(unsigned mask, bool v) { return __ballot_sync(mask, v) == ~0u; }
 template <typename T>
 T __reduce_max_sync(unsigned, T v) {
   return emu::reduced(v, [](T a, T b) { return a > b ? a : b; });
-}
-template <typename T>
-T __reduce_min_sync(unsigned, T v) {
-  return emu::reduced(v, [](T a, T b) { return a < b ? a : b; });
 }
 
 inline int __reduce_add_sync(unsigned, int v) {
@@ -382,10 +373,6 @@ T __ldcg(const T* p) {
 template <typename T>
 T __ldcs(const T* p) {
   return *p;
-}
-template <typename T>
-void __stcs(T* p, T v) {
-  *p = v;
 }
 template <typename T>
 void __stcg(T* p, T v) {

@@ -12,8 +12,7 @@ inline uint32_t smem_addr(const void* p) {
 inline void barrier_arrive(int id, int threads) { emu::arrive(id, threads, false); }
 inline void barrier_wait(int id, int threads) { emu::arrive(id, threads, true); }
 
-inline void cp_async16(uint32_t dst, const void* src) { emu::start_copy(dst, src, 16, 0); }
-inline void cp_async16(uint32_t dst, const void* src, int bytes) { emu::start_copy(dst, src, bytes, 16 - bytes); }
+inline void cp_async16(uint32_t dst, const void* src) { emu::start_copy(dst, src, 16); }
 inline void cp_async_commit() { emu::now->groups.emplace_back(); }
 template <int PENDING>
 void cp_async_wait() {
@@ -42,7 +41,7 @@ inline void mbar_expect(uint32_t bar, uint32_t bytes) { emu::mbarrier_arrive(bar
 inline void bulk_copy(uint32_t dst, const void* src, uint32_t bytes, uint32_t bar) {
   if (bytes == 0 || bytes % 16 != 0) emu::fail("a bulk copy of no multiple of 16 bytes");
   emu::check_copy(dst, src, bytes);
-  const emu::Copy copy{emu::shared_memory() + dst, src, static_cast<int>(bytes), 0};
+  const emu::Copy copy{emu::shared_memory() + dst, src, static_cast<int>(bytes)};
   if (!emu::late_copies) copy.run();  // and once more when it completes, which changes nothing
   emu::mbarrier(bar).copies.push_back(copy);
 }
