@@ -23,7 +23,7 @@ struct Carver {
 struct Workspace {
   DecodeWorkspace decode;
   GroupedWorkspace grouped;
-  int64_t bytes;
+  int64_t counters, bytes;  // bytes of the counters; of all
 };
 
 Workspace carve(uint8_t* base, int M, int H, int I, int local_experts, int top_k) {
@@ -33,6 +33,8 @@ Workspace carve(uint8_t* base, int M, int H, int I, int local_experts, int top_k
   w.decode.ready = c.take<int>(MAX_EXPERTS);
   w.decode.done = c.take<int>(2);
   w.decode.taken = w.grouped.taken = c.take<int>(2);
+  w.grouped.finished = c.take<int>(max_token_tiles(M, local_experts, top_k));
+  w.counters = c.at;
   c.at = COUNTER_BYTES;
   w.grouped.expert = c.take<int>(slots);
   w.grouped.weight = c.take<float>(slots);
@@ -48,8 +50,8 @@ Workspace carve(uint8_t* base, int M, int H, int I, int local_experts, int top_k
 
 // The dispatch table; `config` in moe_forward indexes it. After the decode kernel come grouped_gemm's variants, in
 // their order, each named after its token tile.
-constexpr const char* CONFIGS[] = {"decode",   "tokens8",  "tokens16", "tokens24",
-                                   "tokens40", "tokens80", "tokens96", "tokens128"};
+constexpr const char* CONFIGS[] = {"decode",   "tokens8",  "tokens24",  "tokens40",
+                                   "tokens64", "tokens80", "tokens112", "tokens144"};
 constexpr int DECODE = 0, FIRST_GROUPED = 1, CONFIG_COUNT = sizeof(CONFIGS) / sizeof(CONFIGS[0]);
 
 }  // namespace
@@ -90,6 +92,7 @@ const char* moe_forward(const MoeArgs& args, int config, cudaStream_t stream) {
   if (const char* why = current_device(device)) return why;
   const Workspace ws = carve(args.workspace, args.M, args.H, args.I, args.local_experts, args.top_k);
   if (config < 0 || config >= CONFIG_COUNT) return "no such configuration";
+  if (ws.counters > COUNTER_BYTES) return "too many tokens for one call";
   if (config == DECODE && !decode_layer_takes(args)) config = FIRST_GROUPED;
   if (config == DECODE) return decode_layer_forward(args, ws.decode, device, stream);
   if (const char* why = route_and_group(args, ws.grouped, device, stream)) return why;

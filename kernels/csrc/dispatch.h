@@ -16,7 +16,8 @@ struct DecodeWorkspace {
 };
 
 struct GroupedWorkspace {
-  int* taken;     // [2] items that blocks have taken, of gate-up and of down; zero between calls
+  int* taken;     // items that blocks have taken; zero between calls
+  int* finished;  // [token tiles] warps that have finished gate-up; zero between calls
   int* expert;    // [M * k] local expert of each slot (token * k + j), -1 if elsewhere; of many tokens only
   float* weight;  // [M * k]
   int* offsets;   // [local_experts + 1] where each expert's slots begin in `order`
@@ -25,6 +26,11 @@ struct GroupedWorkspace {
   uint16_t* act;  // bf16 [M * k, I], in that order
   uint2* y;       // [M * k, H / 4] by pack_four, in that order
 };
+
+// Token tiles of a grouped GEMM, at most: full ones of 8 tokens, and each expert's rest.
+__host__ __device__ inline int max_token_tiles(int M, int local_experts, int top_k) {
+  return M * top_k / 8 + local_experts;
+}
 
 struct Device {
   int multiprocessors;

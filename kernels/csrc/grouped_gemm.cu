@@ -1,17 +1,19 @@
-// Grouped GEMM over experts, for more tokens than the decode kernel takes: gate-up (with SwiGLU) and down are two
-// launches of one template.
+// Grouped GEMMs over experts, for more tokens than the decode kernel takes: gate-up (with SwiGLU) and down, one launch.
 //
-// A persistent grid. An item is a token tile of one expert by a group of weight rows. Threads fill a ring of
-// shared-memory stages with cp.async, ahead of the arithmetic and across items: packed weight tiles and gathered token
-// rows. Warps decode weights straight into A operands, in registers, and never write a decoded weight anywhere.
+// A persistent grid. An item is a token tile of one expert by a group of weight rows, of gate-up or of down. Gate-up's
+// items come first; down's wait until gate-up has finished their token tile, which it has long done as a rule, so that
+// only the end of all has blocks without work. Threads fill a ring of shared-memory stages with cp.async, ahead of the
+// arithmetic and across items: packed weight tiles and gathered token rows. Warps decode weights straight into A
+// operands, in registers, and never write a decoded weight anywhere.
 //
 // On an H100 a product (m16n8k16) takes 6 cycles of its scheduler, and every other instruction, whatever it does, adds
 // about 0.5 to 0.7, as if they shared the register file's ports. So other instructions are what to save. A warp has 32
 // rows and all of the block's tokens, which decodes a weight once for as many products as there are tokens; the warps
-// of a block share the tokens. With 128 tokens a k-tile costs a warp 64 products and 101 other instructions: 52 to
-// decode, 18 to read shared memory, the rest copies, addresses, barrier and loop. There is no producer warp: it would
+// of a block share the tokens. With 144 tokens a k-tile costs a warp 72 products and 105 other instructions: 52 to
+// decode, 20 to read shared memory, the rest copies, addresses, barrier and loop. There is no producer warp: it would
 // take registers that the accumulators need.
 #include <algorithm>
+#include <climits>
 
 #include "dispatch.h"
 #include "layer.cuh"
@@ -24,10 +26,15 @@ struct Gemm {
   const uint16_t* bias;    // bf16 [experts, rows] or nullptr
   const uint16_t* in;      // bf16 [*, K]: the tokens (gate-up) or activations in sorted order (down)
   void* out;               // gate-up: bf16 [slots, rows/2]; down: [slots, rows] packed by four; both in sorted order
-  const int* offsets;      // [experts + 1] where each expert's slots begin
-  const int* order;        // [slots] the tokens, in sorted order
-  int* taken;              // items that blocks have taken, beyond those dealt; zero at the start
-  int experts, rows, K;
+  int rows, K;
+};
+struct Layer {
+  Gemm gemms[2];       // gate-up, down
+  const int* offsets;  // [experts + 1] where each expert's slots begin
+  const int* order;    // [slots] the tokens, in sorted order
+  int* taken;          // items that blocks have taken, beyond those dealt; zero at the start
+  int* finished;       // warps that have finished gate-up of a token tile; zero at the start
+  int experts;
   Activation activation;
 };
 
@@ -49,14 +56,14 @@ struct Output {
   }
 
   // Without a branch around what is not to be stored: the compiler overlaps one slot's arithmetic with the next one's.
-  __device__ __forceinline__ void store(const Gemm& p, bool exists, int slot, const float (&lo)[4],
+  __device__ __forceinline__ void store(const Activation& activation, bool exists, int slot, const float (&lo)[4],
                                         const float (&hi)[4], int c) const {
     constexpr float scale = ACCUMULATOR_SCALE * SCALE;
     const float v[4] = {lo[c] * scale + bias.x, lo[2 + c] * scale + bias.y, hi[c] * scale + bias.z,
                         hi[2 + c] * scale + bias.w};
     uint8_t* const at = first + static_cast<int64_t>(slot) * stride;
     if constexpr (GATE_UP)
-      store_if(exists, at, pack_bf16x2(activate(v[0], v[1], p.activation), activate(v[2], v[3], p.activation)));
+      store_if(exists, at, pack_bf16x2(activate(v[0], v[1], activation), activate(v[2], v[3], activation)));
     else
       store_if(exists, at, pack_four(v));
   }
@@ -70,12 +77,8 @@ struct Shape {
   static constexpr int WEIGHT_BYTES = WARPS * TILE_BYTES, STAGE_BYTES = WEIGHT_BYTES + TOKENS * 64;
   static constexpr int RING_BYTES = STAGES * STAGE_BYTES;
   static constexpr int SOURCES = (TOKENS * 4 + THREADS - 1) / THREADS;  // token rows a thread copies 16 bytes of
-  // Registers for accumulators and tokens: two warps on a scheduler have 255 each, three have 168.
-  static constexpr int ROOM = WARPS * BLOCKS <= 8 ? 144 : 96;
-  // Few tokens: the time is the weights', and a kernel begins while the one before drains (see grouped_gemm).
-  static constexpr bool EARLY = TOKENS <= 24;
-  // Blocks take items as they come free, but for the many equal ones at the start. Alone on a multiprocessor they keep
-  // in step instead: neighbours then read the same tokens and weights at the same time, which is worth more.
+  // Blocks take items as they come free, from a counter. Alone on a multiprocessor they are dealt them instead, for to
+  // keep in step: neighbours then read the same tokens and weights at the same time, which is worth more.
   static constexpr bool TAKES = BLOCKS > 1;
 };
 
@@ -92,13 +95,15 @@ struct Tiles {
   int offsets[MAX_EXPERTS + 1];  // where each expert's tokens begin
   int full[MAX_EXPERTS + 1];     // full tiles before each expert
   int rests[MAX_EXPERTS];        // experts with a rest, the longest first
-  int rest_count, long_rests;    // of them: no shorter than a warp's share of a full tile in the last row group
+  int rest_count;
+  int long_rests;  // no shorter than a warp's share of a full tile in down's last row group
 
   __device__ int rest_of(int e) const { return (offsets[e + 1] - offsets[e]) % TOKENS; }
 
-  __device__ void prepare(const int* from, int experts, int row_tiles) {
+  __device__ void prepare(const Layer& p) {
+    const int experts = p.experts;
     for (int e = threadIdx.x; e <= experts; e += THREADS)
-      offsets[e] = __ldcg(from + e);
+      offsets[e] = __ldcg(p.offsets + e);
     if (threadIdx.x == 0) rest_count = long_rests = 0;
     __syncthreads();
     if (threadIdx.x < 32) {
@@ -116,7 +121,7 @@ struct Tiles {
       const int mine = rest_of(e);
       if (mine == 0) continue;
       atomicAdd(&rest_count, 1);
-      if (mine * sharers<S>(row_tiles % S::WARPS) >= TOKENS) atomicAdd(&long_rests, 1);
+      if (mine * sharers<S>(p.gemms[1].rows / TILE % S::WARPS) >= TOKENS) atomicAdd(&long_rests, 1);
       int rank = 0;
       for (int other = 0; other < experts; ++other) {
         const int theirs = rest_of(other);
@@ -130,7 +135,9 @@ struct Tiles {
 
 // An expert's token tile by a group of WARPS row tiles.
 struct Item {
+  bool down;
   int expert, row_group, begin, tokens;
+  int tile;  // which of all token tiles
 };
 
 constexpr int TURNS = 16;  // that a block remembers
@@ -139,27 +146,39 @@ constexpr int TURNS = 16;  // that a block remembers
 template <typename S>
 struct Shared {
   int items[TURNS];  // the item of a turn
-  int dealt;         // turns whose items are not taken but dealt
   Tiles<S> tiles;
 };
 template <typename S>
 constexpr int BYTES = S::RING_BYTES + sizeof(Shared<S>);
 
-// The item that a block is dealt at its turn: every other time in reverse, so that none always gets the longer ones.
+// The item that a block is dealt at a turn: every other time in reverse, so that none always gets the longer ones.
 __device__ __forceinline__ int dealt_item(int turn) {
   return turn * gridDim.x + (turn % 2 == 0 ? blockIdx.x : gridDim.x - 1 - blockIdx.x);
 }
 
-// The item of a turn; past the last its expert is -1. Those that take longer come first, for the end to be even: the
-// full tiles' whole row groups, a row group's tiles together; long rests' whole row groups; the last row group, if it
-// has fewer row tiles, of full tiles and of rests; the other rests' whole row groups. For whole warps.
 template <typename S>
-__device__ __forceinline__ Item item_of_turn(int turn, const Gemm& p, const Shared<S>& shared) {
+__device__ __forceinline__ int row_groups(const Gemm& p) {
+  return (p.rows / TILE + S::WARPS - 1) / S::WARPS;
+}
+
+// The item of a turn; past the last its expert is -1. Gate-up's first, all of a full tile or a rest (an expert's full
+// tiles together: they read the same weights) one after the other, for down's to be ready as they come. Of down's those
+// that take longer come first, for the end to be even: the full tiles' whole row groups; long rests' whole row groups;
+// the last row group, if it has fewer row tiles, of full tiles and of rests; the other rests' whole row groups. For
+// whole warps.
+template <typename S>
+__device__ __forceinline__ Item item_of_turn(int turn, const Layer& p, const Shared<S>& shared) {
   const Tiles<S>& tiles = shared.tiles;
   int n = S::TAKES ? shared.items[turn % TURNS] : dealt_item(turn);
   constexpr int WARPS = S::WARPS, TOKENS = S::TOKENS;
-  const int row_tiles = p.rows / TILE, whole = row_tiles / WARPS, part = row_tiles % WARPS != 0;
-  const int full = tiles.full[p.experts], rests = tiles.rest_count, long_rests = tiles.long_rests;
+  const int full = tiles.full[p.experts], rests = tiles.rest_count;
+  const int gate_up_items = (full + rests) * row_groups<S>(p.gemms[0]);
+  const bool down = n >= gate_up_items;
+  if (down) n -= gate_up_items;
+  // Gate-up: all row groups of a tile one after the other.
+  const int row_tiles = p.gemms[down].rows / TILE, part = down && row_tiles % WARPS != 0;
+  const int whole = row_groups<S>(p.gemms[down]) - part;
+  const int long_rests = down ? tiles.long_rests : rests;
   const int longer = (full + long_rests) * whole, parts = (full + rests) * part;
   const bool in_part = n >= longer && n < longer + parts;
   if (in_part)
@@ -167,7 +186,7 @@ __device__ __forceinline__ Item item_of_turn(int turn, const Gemm& p, const Shar
   else if (n >= longer)
     n -= parts;
   const int groups = in_part ? 1 : whole;
-  Item item{-1, whole, 0, 0};
+  Item item{down, -1, whole, 0, 0, 0};
   if (n < full * groups) {
     int expert = 0;  // as many as end before
     for (int e0 = 0; e0 < p.experts; e0 += 32) {
@@ -176,12 +195,14 @@ __device__ __forceinline__ Item item_of_turn(int turn, const Gemm& p, const Shar
     }
     const int before = tiles.full[expert], here = tiles.full[expert + 1] - before;
     n -= before * groups;
+    item.tile = before + n % here;
     if (!in_part) item.row_group = n / here;
     item.expert = expert;
     item.begin = tiles.offsets[expert] + n % here * TOKENS;
     item.tokens = TOKENS;
   } else if ((n -= full * groups) < rests * groups) {
     if (!in_part) item.row_group = n % whole;
+    item.tile = full + n / groups;
     item.expert = tiles.rests[n / groups];
     item.tokens = tiles.rest_of(item.expert);
     item.begin = tiles.offsets[item.expert + 1] - item.tokens;
@@ -205,65 +226,69 @@ struct Part {
 };
 
 // Fills the ring, a stage at a time, for the items a block will meet.
-template <typename S, bool GATE_UP>
+template <typename S>
 struct Loader {
   static constexpr int SOURCES = S::SOURCES, THREADS = S::THREADS;
-  const Gemm& p;
+  const Layer& p;
   const Shared<S>& shared;
-  int row_tiles, k_tiles, turn = 0;
-  int left = 0;                      // k-tiles of the item that are still to be copied
-  int weight_chunks = 0;             // of a row tile: all or, past the last item, none
-  int sources = 0;                   // of this thread's rows, those whose n8 tile holds tokens
+  int turn = 0;         // the next item to begin
+  int left = 0;         // k-tiles of the item that are still to be copied
+  uint32_t copies = 0;  // which this thread makes of a k-tile: bit i for its i-th of weights, 8 + i of tokens
   const uint8_t* weights = nullptr;  // this lane's first chunk of its warp's row tile, at the next k-tile
   const uint8_t* tokens = nullptr;   // this thread's chunk of row 0, at the next k-tile
   uint32_t row[SOURCES];             // this thread's rows, in 16-byte units from row 0
 
-  __device__ __forceinline__ Loader(const Gemm& p, const Shared<S>& shared)
-      : p(p), shared(shared), row_tiles(p.rows / TILE), k_tiles(p.K / TILE) {
-    begin_item();
+  __device__ __forceinline__ Loader(const Layer& p, const Shared<S>& shared) : p(p), shared(shared) {}
+
+  // Has gate-up finished the item's token tile?
+  __device__ __forceinline__ bool is_ready(const Item& item) const {
+    return load_acquire(p.finished + item.tile) == row_groups<S>(p.gemms[0]) * S::WARPS;
+  }
+
+  // The next item, if there is one and its tokens are there: whoever works on an item must not wait for others.
+  __device__ __forceinline__ void begin_if_ready() {
+    const Item item = item_of_turn(turn, p, shared);
+    if (item.expert >= 0 && (!item.down || __syncthreads_and(is_ready(item)))) return begin(item);
+    if (item.expert < 0) let_next_kernel_start();  // the block is near its end
+    left = INT_MAX;
+    copies = 0;
+  }
+  __device__ __forceinline__ void begin_when_ready(const Item& item) {
+    while (item.down && !is_ready(item)) {
+    }
+    begin(item);
   }
 
   // Where a row tile or a token doesn't exist, the last one is copied in its place and what comes of it not stored.
-  __device__ __forceinline__ void begin_item() {
-    const Item item = item_of_turn(turn++, p, shared);
-    left = k_tiles;
-    sources = 0;
-    weight_chunks = 0;
-    if (item.expert < 0) {  // the block is near its end
-      if (!S::EARLY) let_next_kernel_start();
-      return;
-    }
-    weight_chunks = TILE_CHUNKS;
+  __device__ __forceinline__ void begin(const Item& item) {
+    const Gemm& gemm = p.gemms[item.down];
+    const int row_tiles = gemm.rows / TILE;
+    ++turn;
+    left = gemm.K / TILE;
+    tokens = reinterpret_cast<const uint8_t*>(gemm.in) + threadIdx.x % 4 * 16;
+    copies = threadIdx.x % 32 < TILE_CHUNKS - 32 ? 3 : 1;
     const int row_tile = min(Part<S>(item, row_tiles, threadIdx.x / 32).row_tile, row_tiles - 1);
-    weights = p.weights + (static_cast<int64_t>(item.expert) * row_tiles + row_tile) * k_tiles * TILE_BYTES +
+    weights = gemm.weights + (static_cast<int64_t>(item.expert) * row_tiles + row_tile) * left * TILE_BYTES +
               threadIdx.x % 32 * 16;
-    tokens = reinterpret_cast<const uint8_t*>(p.in) + threadIdx.x % 4 * 16;
 #pragma unroll
     for (int i = 0; i < SOURCES; ++i) {
       const int t = (threadIdx.x + i * THREADS) / 4, at = item.begin + min(t, item.tokens - 1);
-      row[i] = static_cast<uint32_t>(GATE_UP ? p.order[at] : at) * (p.K / 8);
-      sources += t < S::TOKENS && (t & ~7) < item.tokens;
+      row[i] = static_cast<uint32_t>(item.down ? at : p.order[at]) * (gemm.K / 8);
+      if (t < S::TOKENS && (t & ~7) < item.tokens) copies |= 256 << i;
     }
   }
 
   // Starts the copies of the k-tile `ahead` of the next into a stage: a warp its row tile, [token][4 chunks] all
   // together. No branches, so that products are scheduled in between.
   __device__ __forceinline__ void load_stage(uint32_t weight_dst, uint32_t token_dst, int ahead) {
-    load_weights(weight_dst, ahead);
-    load_tokens(token_dst, ahead);
-    cp_async_commit();
-  }
-  __device__ __forceinline__ void load_weights(uint32_t weight_dst, int ahead) {
-    const int lane = threadIdx.x % 32;
 #pragma unroll
-    for (int i = 0; i < (TILE_CHUNKS + 31) / 32; ++i)
-      if (lane + i * 32 < weight_chunks) cp_async16(weight_dst + i * 512, weights + ahead * TILE_BYTES + i * 512);
-  }
-  __device__ __forceinline__ void load_tokens(uint32_t token_dst, int ahead) {
+    for (int i = 0; i < 2; ++i)
+      if (copies & 1 << i) cp_async16(weight_dst + i * 512, weights + ahead * TILE_BYTES + i * 512);
 #pragma unroll
     for (int i = 0; i < SOURCES; ++i)
-      if (i < sources)
+      if (copies & 256 << i)
         cp_async16(token_dst + i * THREADS * 16, tokens + static_cast<uint64_t>(row[i]) * 16 + ahead * 64);
+    cp_async_commit();
   }
 
   __device__ __forceinline__ void advance(int k_tiles) {
@@ -272,27 +297,16 @@ struct Loader {
   }
 };
 
-template <bool FIRST, typename A, typename B>
-__device__ __forceinline__ auto& first_if(A& a, B& b) {
-  if constexpr (FIRST)
-    return a;
-  else
-    return b;
-}
-
-// acc += weights x tokens over one item, whose first two stages have landed; the next item's have when it returns.
-// Software-pipelined: while the tensor cores work on one k-tile, the next one is decoded, its tokens are fetched and
-// the codes of the one after, so that a warp always has products to issue. NTA: n8 tiles that hold tokens, at most.
+// acc += weights x tokens over one item, whose first stage has landed; the next item's has when it returns.
+// Software-pipelined: while the tensor cores work on a k-tile, its lower half is decoded, the next one's tokens take
+// the place of its own, and the next one's upper half is decoded, so that a warp always has products to issue. NTA: n8
+// tiles that hold tokens, at most.
 template <int NTA, typename S, typename L>
 __device__ __forceinline__ void main_loop(S, float (&acc)[2][S::TOKEN_TILES][4], L& loader, uint32_t smem,
-                                          int token_tile, uint32_t& stage) {
+                                          int token_tile, int k_tiles, uint32_t& stage) {
   constexpr int WEIGHT_BYTES = S::WEIGHT_BYTES, STAGE_BYTES = S::STAGE_BYTES, STAGES = S::STAGES;
-  // Tokens in registers: those of this k-tile and the next in turn; or those of one k-tile; or, where the accumulators
-  // leave no room for more, half of them, and the other half follows.
-  constexpr bool DOUBLE = (8 + 8) * NTA <= S::ROOM - 16;
-  constexpr int HELD = (8 + 4) * NTA <= S::ROOM ? NTA : NTA / 2;
-  constexpr int GROUP = HELD <= 8 ? HELD : HELD / 2;  // n8 tiles that take turns, to cover a product's latency
-  constexpr int MIDDLE = NTA / 2 / GROUP * GROUP;
+  // n8 tiles whose tokens are in registers: all or, where the accumulators leave no room for so many, half.
+  constexpr int HELD = NTA <= 7 ? NTA : NTA / 2;
   const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
   const uint32_t my_tile = smem + warp * TILE_BYTES + lane * 16;
   const uint32_t my_scales = smem + warp * TILE_BYTES + TILE_CODES + (lane >> 2) * 4;
@@ -302,76 +316,59 @@ __device__ __forceinline__ void main_loop(S, float (&acc)[2][S::TOKEN_TILES][4],
   auto tile_of = [&](uint32_t stage) { return PackedTile{lds128(my_tile + stage), lds32(my_scales + stage)}; };
   auto tokens_of = [&](uint32_t stage, int n) { return lds128(my_tokens + stage + n * 512); };
 
-  uint32_t next = after(stage);
-  uint4 b0[HELD], other[DOUBLE ? HELD : 1];
-  auto& b1 = first_if<DOUBLE>(other, b0);
-  AFragments a0[2], a1[2];  // a tile's two halves, of this k-tile and the next in turn
-  PackedTile tile = tile_of(stage);
+  static_assert(NTA % HELD == 0);
+  uint4 b[HELD];
 #pragma unroll
   for (int n = 0; n < HELD; ++n)
-    b0[n] = tokens_of(stage, n);
-  a0[0] = decode_half_tile(tile, 0);
-  a0[1] = decode_half_tile(tile, 1);
-  tile = tile_of(next);
+    b[n] = tokens_of(stage, n);
+  PackedTile tile = tile_of(stage);
+  AFragments upper = decode_half_tile(tile, 0);
 
-  auto step = [&](const AFragments(&now)[2], AFragments(&then)[2], const uint4(&b)[HELD], uint4(&b_then)[HELD],
-                  int ahead) {
-    const uint32_t second = after(next);
+  auto step = [&](int ahead) {
+    const uint32_t next = after(stage);
+    const AFragments lower = decode_half_tile(tile, 1);
 #pragma unroll
-    for (int g = 0; g < NTA; g += GROUP) {
-      if (g == (DOUBLE ? 0 : NTA - HELD)) {
-        // This thread's copies of the next two stages have landed and, after the barrier, everyone's; and every warp
+    for (int n0 = 0; n0 < NTA; n0 += HELD) {
+      if (n0 == NTA - HELD) {
+        // This thread's copies of the next stage have landed and, after the barrier, everyone's; and every warp
         // holds what it still needs of this stage in registers: refill it.
-        cp_async_wait<STAGES - 3>();
+        cp_async_wait<STAGES - 2>();
         __syncthreads();
         loader.load_stage(my_tile + stage, copied_tokens + stage, ahead);
+        tile = tile_of(next);
       }
 #pragma unroll
       for (int s = 0; s < 4; ++s) {
-        const AFragments& a = now[s % 2];
+        const AFragments& a = s % 2 == 0 ? upper : lower;
         const int k16 = s / 2;
 #pragma unroll
-        for (int i = 0; i < GROUP; ++i) {
-          const int n = g + i;
-          mma_bf16(acc[s % 2][n], a.lo[2 * k16], a.hi[2 * k16], a.lo[2 * k16 + 1], a.hi[2 * k16 + 1],
-                   k16 == 0 ? b[n % HELD].x : b[n % HELD].z, k16 == 0 ? b[n % HELD].y : b[n % HELD].w);
-        }
+        for (int i = 0; i < HELD; ++i)
+          mma_bf16(acc[s % 2][n0 + i], a.lo[2 * k16], a.hi[2 * k16], a.lo[2 * k16 + 1], a.hi[2 * k16 + 1],
+                   k16 == 0 ? b[i].x : b[i].z, k16 == 0 ? b[i].y : b[i].w);
       }
 #pragma unroll
-      for (int i = 0; i < GROUP; ++i) {
-        const int n = g + i;
-        b_then[n % HELD] = n + HELD < NTA ? tokens_of(stage, n + HELD) : tokens_of(next, (n + HELD) % NTA);
-      }
-      if (g == 0) then[0] = decode_half_tile(tile, 0);
-      if (g == MIDDLE) {
-        then[1] = decode_half_tile(tile, 1);
-        tile = tile_of(second);
-      }
+      for (int i = 0; i < HELD; ++i)
+        b[i] = n0 + HELD < NTA ? tokens_of(stage, n0 + HELD + i) : tokens_of(next, i);
     }
+    upper = decode_half_tile(tile, 0);
     stage = next;
-    next = second;
   };
-  for (int k = loader.k_tiles; k > 0;) {  // as many steps as the loader has left in its item, then its next item
+  for (int k = k_tiles; k > 0;) {  // as many steps as the loader has left in its item, then its next item
     int run = min(k, loader.left);
-    k -= run;
-    loader.left -= run;
+    const int more = k - loader.left;  // one register for what remains of the item, or of the loader's
     for (;;) {
-      step(a0, a1, b0, b1, 0);
+      step(0);
       if (run == 1) {
-        a0[0] = a1[0];
-        a0[1] = a1[1];
-        if constexpr (DOUBLE)
-#pragma unroll
-          for (int n = 0; n < HELD; ++n)
-            b0[n] = b1[n];
         loader.advance(1);
         break;
       }
-      step(a1, a0, b1, b0, 1);
+      step(1);
       loader.advance(2);
       if ((run -= 2) == 0) break;
     }
-    if (loader.left == 0) loader.begin_item();
+    k = max(more, 0);
+    loader.left = max(-more, 0);
+    if (loader.left == 0) loader.begin_if_ready();
   }
 }
 
@@ -383,94 +380,96 @@ __device__ __forceinline__ void run(int token_tiles, Args&... args) {
   main_loop<NTA>(S{}, args...);
 }
 
-template <typename S, bool GATE_UP>
-__global__ void __launch_bounds__(S::THREADS, S::BLOCKS) grouped_gemm(const Gemm p) {
+// A warp's outputs of an item.
+template <bool GATE_UP, typename S>
+__device__ __forceinline__ void store(S, const Layer& p, const Item& item, const Part<S>& part,
+                                      const float (&acc)[2][S::TOKEN_TILES][4]) {
+  const Gemm& gemm = p.gemms[!GATE_UP];
+  const int lane = threadIdx.x % 32, row = part.row_tile * TILE + 4 * (lane >> 2);
+  if (row >= gemm.rows) return;
+  const int token = part.token_tile * 8 + 2 * (lane & 3);
+  const int end = min(item.tokens, (part.token_tile + part.token_tiles) * 8) - token;
+  const Output<GATE_UP> output(gemm, item.expert, item.begin + token, row);
+#pragma unroll
+  for (int n = 0; n < S::TOKEN_TILES; ++n) {
+    if (n % 4 == 0 && n >= part.token_tiles) break;
+#pragma unroll
+    for (int c = 0; c < 2; ++c)
+      output.store(p.activation, 8 * n + c < end, 8 * n + c, acc[0][n], acc[1][n], c);
+  }
+}
+
+template <typename S>
+__global__ void __launch_bounds__(S::THREADS, S::BLOCKS) grouped_gemms(const __grid_constant__ Layer p) {
   extern __shared__ __align__(128) uint8_t smem_bytes[];
   const uint32_t smem = smem_addr(smem_bytes);
   Shared<S>& shared = *reinterpret_cast<Shared<S>*>(smem_bytes + S::RING_BYTES);
   constexpr int STAGES = S::STAGES, STAGE_BYTES = S::STAGE_BYTES, TOKEN_TILES = S::TOKEN_TILES;
-  const int warp = threadIdx.x / 32, lane = threadIdx.x % 32, g = lane >> 2, q = lane & 3;
+  const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
 
-  // Gate-up waits for the grouping. Down starts once every block of gate-up is past that wait (EARLY) or near its end,
-  // so the grouping is done, and fetches its first weights before gate-up's results are there.
-  if (GATE_UP) wait_for_previous_kernel();
-  if (GATE_UP && S::EARLY) let_next_kernel_start();
-  shared.tiles.prepare(p.offsets, p.experts, p.rows / TILE);
+  wait_for_previous_kernel();
+  shared.tiles.prepare(p);
   // How many turns before it comes an item is taken: the ring runs so far ahead.
-  auto ahead = [&] { return 2 + STAGES / (p.K / TILE); };
+  auto ahead = [&] { return 2 + STAGES / (min(p.gemms[0].K, p.gemms[1].K) / TILE); };
   if (S::TAKES) {
     if (threadIdx.x < ahead()) shared.items[threadIdx.x] = dealt_item(threadIdx.x);
-    if (threadIdx.x == 0)
-      shared.dealt =
-          max(ahead(), shared.tiles.full[p.experts] * (p.rows / TILE / S::WARPS) / static_cast<int>(gridDim.x));
     __syncthreads();
   }
-  Loader<S, GATE_UP> weights(p, shared), loader = weights;
-  auto advance = [](Loader<S, GATE_UP>& loader) {
-    loader.advance(1);
-    if (--loader.left == 0) loader.begin_item();
-  };
-  for (int s = 0; s < STAGES; ++s) {
-    weights.load_weights(smem + s * STAGE_BYTES + warp * TILE_BYTES + lane * 16, 0);
-    advance(weights);
-  }
-  if (!GATE_UP) wait_for_previous_kernel();
-  if (!GATE_UP && S::EARLY) let_next_kernel_start();
-  for (int s = 0; s < STAGES; ++s) {
-    loader.load_tokens(smem + s * STAGE_BYTES + S::WEIGHT_BYTES + threadIdx.x * 16, 0);
-    cp_async_commit();
-    advance(loader);
-  }
-  cp_async_wait<STAGES - 2>();
-  __syncthreads();
+  Loader<S> loader(p, shared);
   uint32_t stage = 0;
   for (int turn = 0;; ++turn) {
-    const Item item = item_of_turn(turn, p, shared);
+    Item item = item_of_turn(turn, p, shared);
     if (item.expert < 0) break;
-    const Part<S> part(item, p.rows / TILE, warp);
-    float acc[2][TOKEN_TILES][4] = {};
-    int token_tile = part.token_tile;
-    run<S>(part.token_tiles, acc, loader, smem, token_tile, stage);
-    int taken = 0;
-    if (S::TAKES && threadIdx.x == 0) {
-      const int later = turn + ahead();
-      taken = later < shared.dealt ? dealt_item(later) : shared.dealt * gridDim.x + atomicAdd(p.taken, 1);
-    }
-    const int row = part.row_tile * TILE + 4 * g;
-    if (row < p.rows) {
-      const int token = token_tile * 8 + 2 * q;
-      const int end = min(item.tokens, (token_tile + part.token_tiles) * 8) - token;
-      const Output<GATE_UP> output(p, item.expert, item.begin + token, row);
-#pragma unroll
-      for (int n = 0; n < TOKEN_TILES; ++n) {
-        if (n % 4 == 0 && n >= part.token_tiles) break;
-#pragma unroll
-        for (int c = 0; c < 2; ++c)
-          output.store(p, 8 * n + c < end, 8 * n + c, acc[0][n], acc[1][n], c);
+    if (turn == loader.turn) {  // the first, or one that wasn't ready yet when its tokens were to be fetched
+      __syncthreads();
+      loader.begin_when_ready(item);
+      for (int s = 0; s < STAGES; ++s) {
+        loader.load_stage(smem + s * STAGE_BYTES + warp * TILE_BYTES + lane * 16,
+                          smem + s * STAGE_BYTES + S::WEIGHT_BYTES + threadIdx.x * 16, 0);
+        loader.advance(1);
+        if (--loader.left == 0) loader.begin_if_ready();
       }
+      cp_async_wait<STAGES - 1>();
+      __syncthreads();
+      stage = 0;
+    }
+    Part<S> part(item, p.gemms[item.down].rows / TILE, warp);
+    float acc[2][TOKEN_TILES][4] = {};
+    int token_tile = part.token_tile, k_tiles = p.gemms[item.down].K / TILE;
+    run<S>(part.token_tiles, acc, loader, smem, token_tile, k_tiles, stage);
+    item = item_of_turn(turn, p, shared);  // again, for not to keep it in registers
+    part = Part<S>(item, p.gemms[item.down].rows / TILE, warp);
+    int taken = 0;
+    if (S::TAKES && threadIdx.x == 0) taken = ahead() * gridDim.x + atomicAdd(p.taken, 1);
+    if (item.down) {
+      store<false>(S{}, p, item, part, acc);
+    } else {
+      store<true>(S{}, p, item, part, acc);
+      __syncwarp();
+      if (lane == 0) add_release(p.finished + item.tile, 1);
     }
     if (S::TAKES && threadIdx.x == 0) shared.items[(turn + ahead()) % TURNS] = taken;
   }
 }
 
-template <typename S, bool GATE_UP>
-const char* launch(const Gemm& p, const Device& device, cudaStream_t stream) {
+template <typename S>
+const char* launch(const Layer& p, const Device& device, cudaStream_t stream) {
   static_assert(BYTES<S> * S::BLOCKS + (S::BLOCKS - 1) * 1024 <= MAX_SHARED_BYTES && 2 + S::STAGES < TURNS);
   // Asks for so much shared memory that the next kernel's blocks, which may start early, can't squeeze in beside and
   // land unevenly (a block's first KB is the system's).
   const int bytes = std::max(BYTES<S>, std::min(MAX_SHARED_BYTES, device.shared_bytes / S::BLOCKS - 1024));
-  return launch_kernel(grouped_gemm<S, GATE_UP>, device.multiprocessors * S::BLOCKS, S::THREADS, bytes, stream,
-                       {device.dependent_launch}, p);
+  return launch_kernel(grouped_gemms<S>, device.multiprocessors * S::BLOCKS, S::THREADS, bytes, stream,
+                       {device.dependent_launch, /*cooperative=*/true}, p);
 }
 
-// By tokens in a tile: 192 rows divide GPT-OSS's 2880 and 5760.
+// By tokens in a tile.
 using Tokens8 = Shape<6, 8, 12, 2>;
-using Tokens16 = Shape<6, 16, 10, 2>;
 using Tokens24 = Shape<6, 24, 9, 2>;
 using Tokens40 = Shape<4, 40, 6, 3>;
-using Tokens80 = Shape<4, 80, 6, 2>;
-using Tokens96 = Shape<4, 96, 5, 2>;
-using Tokens128 = Shape<8, 128, 6, 1>;
+using Tokens64 = Shape<4, 64, 4, 3>;
+using Tokens80 = Shape<4, 80, 4, 3>;
+using Tokens112 = Shape<8, 112, 7, 1>;
+using Tokens144 = Shape<8, 144, 6, 1>;
 
 template <typename Do>
 auto with_shape(int variant, Do&& act) {
@@ -478,17 +477,17 @@ auto with_shape(int variant, Do&& act) {
     case 0:
       return act(Tokens8{});
     case 1:
-      return act(Tokens16{});
-    case 2:
       return act(Tokens24{});
-    case 3:
+    case 2:
       return act(Tokens40{});
+    case 3:
+      return act(Tokens64{});
     case 4:
       return act(Tokens80{});
     case 5:
-      return act(Tokens96{});
+      return act(Tokens112{});
     default:
-      return act(Tokens128{});
+      return act(Tokens144{});
   }
 }
 
@@ -500,32 +499,16 @@ Footprint grouped_layer_footprint(int variant) {
 
 const char* grouped_layer_forward(const MoeArgs& args, const GroupedWorkspace& ws, int variant, const Device& device,
                                   cudaStream_t stream) {
-  const Gemm gate_up{args.w13,
-                     static_cast<const uint16_t*>(args.w13_bias),
-                     static_cast<const uint16_t*>(args.x),
-                     ws.act,
-                     ws.offsets,
-                     ws.order,
-                     ws.taken,
-                     args.local_experts,
-                     2 * args.I,
-                     args.H,
-                     activation_of(args.swiglu_oai)};
-  const Gemm down{args.w2,
-                  static_cast<const uint16_t*>(args.w2_bias),
-                  ws.act,
-                  ws.y,
-                  ws.offsets,
-                  ws.order,
-                  ws.taken + 1,
-                  args.local_experts,
-                  args.H,
-                  args.I,
-                  activation_of(args.swiglu_oai)};
-  return with_shape(variant, [&](auto shape) {
-    const char* why = launch<decltype(shape), true>(gate_up, device, stream);
-    return why != nullptr ? why : launch<decltype(shape), false>(down, device, stream);
-  });
+  const Layer layer{{{args.w13, static_cast<const uint16_t*>(args.w13_bias), static_cast<const uint16_t*>(args.x),
+                      ws.act, 2 * args.I, args.H},
+                     {args.w2, static_cast<const uint16_t*>(args.w2_bias), ws.act, ws.y, args.H, args.I}},
+                    ws.offsets,
+                    ws.order,
+                    ws.taken,
+                    ws.finished,
+                    args.local_experts,
+                    activation_of(args.swiglu_oai)};
+  return with_shape(variant, [&](auto shape) { return launch<decltype(shape)>(layer, device, stream); });
 }
 
 }  // namespace mxfp4_sm120

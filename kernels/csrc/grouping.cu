@@ -95,8 +95,10 @@ constexpr int COLUMNS = 8;
 __global__ void __launch_bounds__(256) combine_slots(const MoeArgs args, const GroupedWorkspace ws) {
   wait_for_previous_kernel();
   let_next_kernel_start();
-  if (blockIdx.x == 0 && threadIdx.x < 2) ws.taken[threadIdx.x] = 0;
   const unsigned pieces = args.H / COLUMNS, i = blockIdx.x * blockDim.x + threadIdx.x, token = i / pieces;
+  if (i == 0) *ws.taken = 0;
+  for (int tile = i; tile < max_token_tiles(args.M, args.local_experts, args.top_k); tile += gridDim.x * blockDim.x)
+    ws.finished[tile] = 0;
   if (token >= args.M) return;
   const unsigned piece = i - token * pieces;
   const int64_t slot = static_cast<int64_t>(token) * args.top_k;

@@ -32,7 +32,7 @@ def test_answers_compare(second: list, outcome: str, within: float) -> None:
 @pytest.mark.parametrize(
     ("kernel", "group"),
     [
-        ("void mxfp4_sm120::(anonymous namespace)::grouped_gemm<Shape<64>>(mxfp4_sm120::Gemm)", "MoE"),
+        ("void mxfp4_sm120::(anonymous namespace)::grouped_gemms<Shape<64>>(mxfp4_sm120::Layer)", "MoE"),
         ("void marlin_moe_wna16::Marlin<__nv_bfloat16>", "MoE"),
         ("_p_matmul_ogs_NNT_bf16xbf16xmxfp4_16x256x128x1_swiglu", "MoE"),
         ("void cutlass::device_kernel<flash::FlashAttnFwdSm90<1>>(Params)", "attention"),

@@ -30,6 +30,7 @@
 #define __forceinline__ inline
 #define __launch_bounds__(...)
 #define __align__(n) alignas(n)
+#define __grid_constant__
 #define __shared__ static  // kernels with static shared memory run a block at a time
 
 struct dim3 {
@@ -94,6 +95,7 @@ struct Block {
   std::vector<uint8_t> shared;
   std::vector<Warp> warps;
   Barrier barriers[16];
+  bool all = true;                           // of what __syncthreads_and's threads have handed in
   std::map<uint32_t, MBarrier> mbarriers{};  // by address
 };
 
@@ -272,6 +274,16 @@ inline void launch(dim3 blocks, dim3 threads, size_t shared_bytes, bool cooperat
 
 // ---- CUDA's functions that the kernels use ----
 inline void __syncthreads() { emu::arrive(0, blockDim.x, true); }
+inline int __syncthreads_and(int v) {
+  bool& all = emu::now->block->all;
+  all &= v != 0;
+  __syncthreads();
+  const bool result = all;
+  __syncthreads();
+  all = true;
+  __syncthreads();
+  return result;
+}
 inline void __syncwarp() {
   int nothing = 0;
   emu::together(nothing, [](int**) {});
