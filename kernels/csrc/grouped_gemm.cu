@@ -211,7 +211,8 @@ __device__ __forceinline__ Item item_of_turn(int turn, const Layer& p, const Sha
 }
 
 // A warp's part of an item. The last row group may have few row tiles (GPT-OSS's 90 and 180 are 11 x 8 + 2 and 22 x 8 +
-// 4); then several warps share one, each with a part of the tokens.
+// 4); then several warps share one, each with a part of the tokens. Parts may overlap, and two warps then compute the
+// same: a main loop has an even number of n8 tiles, and reads none beyond the stage's.
 template <typename S>
 struct Part {
   int row_tile, token_tile, token_tiles;  // the row tile, and the first and the number of n8 tiles
@@ -220,8 +221,9 @@ struct Part {
     const int first = item.row_group * WARPS;
     const int parts = sharers<S>(row_tiles - first);
     row_tile = first + warp % (WARPS / parts);
-    token_tiles = ((item.tokens + 7) / 8 + parts - 1) / parts;
-    token_tile = warp / (WARPS / parts) * token_tiles;
+    const int share = ((item.tokens + 7) / 8 + parts - 1) / parts;
+    token_tiles = min(share + share % 2, S::TOKEN_TILES);
+    token_tile = min(warp / (WARPS / parts) * share, S::TOKEN_TILES - token_tiles);
   }
 };
 
@@ -372,7 +374,7 @@ __device__ __forceinline__ void main_loop(S, float (&acc)[2][S::TOKEN_TILES][4],
   }
 }
 
-// The main loop for the fewest n8 tiles that hold all `token_tiles`.
+// The main loop for so many n8 tiles.
 template <typename S, int NTA = (S::TOKEN_TILES < 2 ? S::TOKEN_TILES : 2), typename... Args>
 __device__ __forceinline__ void run(int token_tiles, Args&... args) {
   if constexpr (NTA < S::TOKEN_TILES)

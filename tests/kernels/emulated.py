@@ -111,6 +111,7 @@ class Emulated:
         error = self.library.moe(ctypes.byref(args), config)
         assert error is None, error
         assert not workspace[: 64 * 1024].any(), "counters are not left as they were found"
+        assert self.library.early_loads() == 0, "shared memory is read while copies to it are under way"
         return out
 
 

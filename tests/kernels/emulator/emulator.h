@@ -57,6 +57,7 @@ namespace emu {
 // ---- settings, by the test ----
 inline int multiprocessors = 4;
 inline bool late_copies = true;
+inline int early_loads = 0;  // of what was still being copied
 inline std::mt19937 random{0};
 
 [[noreturn]] inline void fail(const char* what) {
@@ -68,7 +69,16 @@ struct Copy {
   void* to;
   const void* from;
   int bytes;
-  void run() const { std::memcpy(to, from, bytes); }
+  int* pending;  // of its first 16 bytes (see Block)
+  void begin() const {
+    for (int i = 0; i < bytes / 16; ++i)
+      ++pending[i];
+  }
+  void land() const {
+    std::memcpy(to, from, bytes);
+    for (int i = 0; i < bytes / 16; ++i)
+      --pending[i];
+  }
 };
 
 struct Warp {
@@ -93,6 +103,7 @@ struct MBarrier {
 struct Block {
   dim3 index;
   std::vector<uint8_t> shared;
+  std::vector<int> pending;  // of each 16 bytes of it: copies to them that have not landed
   std::vector<Warp> warps;
   Barrier barriers[16];
   bool all = true;                           // of what __syncthreads_and's threads have handed in
@@ -153,23 +164,25 @@ inline void arrive(int id, int threads, bool wait) {
   }
 }
 
-inline void check_copy(uint32_t to, const void* from, int bytes) {
+inline Copy begin_copy(uint32_t to, const void* from, int bytes) {
   if (to % 16 != 0 || reinterpret_cast<uintptr_t>(from) % 16 != 0) fail("a copy isn't aligned");
   if (to + bytes > now->block->shared.size()) fail("a copy leaves shared memory");
+  const Copy copy{shared_memory() + to, from, bytes, &now->block->pending[to / 16]};
+  copy.begin();
+  return copy;
 }
 inline void start_copy(uint32_t to, const void* from, int bytes) {
-  check_copy(to, from, bytes);
-  const Copy copy{shared_memory() + to, from, bytes};
+  const Copy copy = begin_copy(to, from, bytes);
   if (late_copies)
     now->groups.back().push_back(copy);
   else
-    copy.run();
+    copy.land();
 }
 inline void wait_for_copies(int pending) {
   auto& groups = now->groups;
   while (static_cast<int>(groups.size()) - 1 > pending) {
     for (const Copy& copy : groups.front())
-      copy.run();
+      copy.land();
     groups.erase(groups.begin());
   }
 }
@@ -183,7 +196,7 @@ inline void complete_if_due(MBarrier& barrier) {
   if (barrier.pending < 0) fail("too many arrivals at an mbarrier");
   if (barrier.pending > 0) return;
   for (const Copy& copy : barrier.copies) {
-    copy.run();
+    copy.land();
     if (barrier.bytes > 0) barrier.bytes -= copy.bytes;
   }
   barrier.copies.clear();
@@ -209,6 +222,7 @@ inline void mbarrier_wait(uint32_t at, unsigned parity) {
 template <typename T>
 T load_shared(uint32_t at) {
   if (at % sizeof(T) != 0 || at + sizeof(T) > now->block->shared.size()) fail("a load leaves shared memory");
+  early_loads += now->block->pending[at / 16] > 0;
   T v;
   std::memcpy(&v, shared_memory() + at, sizeof(T));
   return v;
@@ -233,6 +247,7 @@ inline void launch(dim3 blocks, dim3 threads, size_t shared_bytes, bool cooperat
     for (unsigned b = 0; b < at_once; ++b) {
       resident[b].index = dim3((first + b) % blocks.x, (first + b) / blocks.x);
       resident[b].shared.assign(shared_bytes, 0xff);  // NaNs
+      resident[b].pending.assign(shared_bytes / 16, 0);
       resident[b].warps.resize(warps);
       for (unsigned t = 0; t < threads.x; ++t) {
         Fiber& fiber = fibers[b * threads.x + t];

@@ -1,4 +1,6 @@
 // What the tests call: settings, a layer, a router.
+#include <utility>
+
 #include "moe.h"
 
 using namespace mxfp4_sm120;
@@ -9,6 +11,7 @@ void emulate(int multiprocessors, bool late_copies, unsigned seed) {
   emu::late_copies = late_copies;
   emu::random.seed(seed);
 }
+int early_loads() { return std::exchange(emu::early_loads, 0); }
 int64_t moe_workspace_bytes(int M, int H, int I, int local_experts, int top_k) {
   return workspace_bytes(M, H, I, local_experts, top_k);
 }
