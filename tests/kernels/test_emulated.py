@@ -162,7 +162,7 @@ def test_router(library: ctypes.CDLL, tokens: int, experts: int, hidden: int):
     ids=["copies", "barrier", "gate-up", "parts"],
 )
 def test_the_emulator_notices(tmp_path: Path, right: str, wrong: str, configs: tuple[int, ...]):
-    """A wait that lets copies be pending, a missing barrier, down that doesn't wait for gate-up, loads beyond a stage."""
+    """Copies not waited for, a barrier that isn't there, down before its gate-up, loads beyond a stage."""
     csrc, built = tmp_path / "csrc", tmp_path / "built"
     csrc.mkdir()
     built.mkdir()
