@@ -141,6 +141,13 @@ def test_outputs_beside_a_huge_one_keep_their_digits(library: ctypes.CDLL, confi
     assert difference <= 4e-3 * size and size < expected.norm() / 100
 
 
+def test_more_tokens_than_there_are_counters_for(library: ctypes.CDLL):
+    shape = MoEShape(8, 8, 32, 32, 8)
+    x, logits = inputs(shape, 16_500, 0)
+    with pytest.raises(AssertionError, match="too many tokens for one call"):
+        Emulated(library, shape, proof.random_weights(shape, "cpu"))(x, logits, config=1)
+
+
 @pytest.mark.parametrize(("tokens", "experts", "hidden"), [(1, 32, 2880), (7, 5, 736), (64, 3, 8), (6, 2, 9216)])
 def test_router(library: ctypes.CDLL, tokens: int, experts: int, hidden: int):
     x, _ = inputs(MoEShape(experts, experts, hidden, 32, 1), tokens, 3)
