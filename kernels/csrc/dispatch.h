@@ -27,7 +27,7 @@ struct GroupedWorkspace {
   uint2* y;       // [M * k, H / 4] by pack_four, in that order
 };
 
-// Token tiles of a grouped GEMM, at most: full ones of 8 tokens, and each expert's rest.
+// Token tiles of the grouped GEMMs, at most: full ones of 8 tokens, and each expert's rest.
 __host__ __device__ inline int max_token_tiles(int M, int local_experts, int top_k) {
   return M * top_k / 8 + local_experts;
 }

@@ -9,7 +9,7 @@
 // On an H100 a product (m16n8k16) takes 6 cycles of its scheduler, and every other instruction, whatever it does, adds
 // about 0.5 to 0.7, as if they shared the register file's ports. So other instructions are what to save. A warp has 32
 // rows and all of the block's tokens, which decodes a weight once for as many products as there are tokens; the warps
-// of a block share the tokens. With 144 tokens a k-tile costs a warp 72 products and 105 other instructions: 52 to
+// of a block share the tokens. With 144 tokens a k-tile costs a warp 72 products and 103 other instructions: 52 to
 // decode, 20 to read shared memory, the rest copies, addresses, barrier and loop. There is no producer warp: it would
 // take registers that the accumulators need.
 #include <algorithm>
@@ -309,6 +309,7 @@ __device__ __forceinline__ void main_loop(S, float (&acc)[2][S::TOKEN_TILES][4],
   constexpr int WEIGHT_BYTES = S::WEIGHT_BYTES, STAGE_BYTES = S::STAGE_BYTES, STAGES = S::STAGES;
   // n8 tiles whose tokens are in registers: all or, where the accumulators leave no room for so many, half.
   constexpr int HELD = NTA <= 7 ? NTA : NTA / 2;
+  static_assert(NTA % HELD == 0);
   const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
   const uint32_t my_tile = smem + warp * TILE_BYTES + lane * 16;
   const uint32_t my_scales = smem + warp * TILE_BYTES + TILE_CODES + (lane >> 2) * 4;
@@ -318,7 +319,6 @@ __device__ __forceinline__ void main_loop(S, float (&acc)[2][S::TOKEN_TILES][4],
   auto tile_of = [&](uint32_t stage) { return PackedTile{lds128(my_tile + stage), lds32(my_scales + stage)}; };
   auto tokens_of = [&](uint32_t stage, int n) { return lds128(my_tokens + stage + n * 512); };
 
-  static_assert(NTA % HELD == 0);
   uint4 b[HELD];
 #pragma unroll
   for (int n = 0; n < HELD; ++n)

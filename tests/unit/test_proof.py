@@ -1,7 +1,6 @@
 """Proof before use: backends that are wrong, raise, hang or die are skipped and named, and the answer is remembered."""
 
 import json
-import math
 import subprocess
 import time
 from dataclasses import replace
@@ -32,12 +31,7 @@ def cache(tmp_path, monkeypatch):
 def test_each_native_kernel_has_its_turn():
     entries = json.loads(config_path("tuning", "default.json").read_text())["rule"]
     kernels = sorted({entry["kernel"] for entry in entries})
-    rule = tuple(
-        native.Limit(
-            kernels.index(entry["kernel"]), entry.get("tokens", math.inf), entry.get("tokens_per_expert", math.inf)
-        )
-        for entry in entries
-    )
+    rule = native.limits(entries, kernels)
     chosen = {native.choose(rule, tokens, tokens * GPT_OSS.top_k / proof.EXPERTS) for tokens in proof.TOKENS}
     assert {kernels[config] for config in chosen} == set(kernels)
 

@@ -11,6 +11,7 @@ import warnings
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -208,19 +209,20 @@ def tuned(card: str) -> tuple[Limit, ...]:
     if not path.exists():
         path = path.with_name("default.json")
     names = [line.split()[0] for line in torch.ops.mxfp4_sm120.launch_table().splitlines()]
-    limits = []
-    for entry in json.loads(path.read_text())["rule"]:
+    entries = json.loads(path.read_text())["rule"]
+    for entry in entries:
         if entry["kernel"] not in names:
             raise ValueError(f"{path.name}: {entry['kernel']} is not a kernel of {LIBRARY.name}: {', '.join(names)}")
-        everything = float("inf")
-        limits.append(
-            Limit(
-                names.index(entry["kernel"]),
-                entry.get("tokens", everything),
-                entry.get("tokens_per_expert", everything),
-            )
-        )
-    return tuple(limits)
+    return limits(entries, names)
+
+
+def limits(entries: list[dict[str, Any]], names: list[str]) -> tuple[Limit, ...]:
+    """A rule's entries, each kernel as its place in `names`."""
+    everything = float("inf")
+    return tuple(
+        Limit(names.index(entry["kernel"]), entry.get("tokens", everything), entry.get("tokens_per_expert", everything))
+        for entry in entries
+    )
 
 
 def choose(rule: tuple[Limit, ...], tokens: int, tokens_per_expert: float) -> int:
