@@ -16,6 +16,7 @@
 // Results meet in fp32 in the workspace; after a grid barrier every output is summed in slot order: same bits every
 // run.
 #include <algorithm>
+#include <climits>
 
 #include "dispatch.h"
 #include "layer.cuh"
@@ -197,6 +198,7 @@ template <typename S>
 struct Block {
   const MoeArgs& args;
   const DecodeWorkspace& ws;
+  DecodeCounters* counters = nullptr;  // this call's
   uint8_t* smem;
   RoutingTable<S::TOKENS>& rt;
   Ring weights;
@@ -281,7 +283,7 @@ __device__ __forceinline__ void copy_weights(Block<S> block, int lane) {
     for (int turn = 0;; ++turn, ++n) {
       if (turn == first_run) n = blocks * first_run + blockIdx.x * (dealt - first_run);
       if (turn >= dealt) {
-        if (lane == 0) n = blocks * dealt + atomicAdd(block.ws.taken + down, 1);
+        if (lane == 0) n = blocks * dealt + atomicAdd(block.counters->taken + down, 1);
         n = __shfl_sync(~0u, n, 0);
         if (n >= count) break;
       }
@@ -317,7 +319,7 @@ __device__ __forceinline__ void fetch_activations(Block<S> block, int lane) {
     input_of = item.active();
     const uint32_t chosen = rt.tokens_of(input_of);
     if (__popc(chosen) > S::ROWS) continue;
-    while (load_acquire(block.ws.ready + input_of) < block.gate_up_items()) {
+    while (load_acquire(block.counters->ready + input_of) < block.gate_up_items()) {
     }
     order_before_bulk_copies();
 #pragma unroll 1
@@ -361,7 +363,7 @@ __device__ __forceinline__ void multiply_items(Block<S> block, Slice<S>& input, 
         }
       } else {
         if (lane == 0)
-          while (load_acquire(block.ws.ready + input_of) < block.gate_up_items()) {
+          while (load_acquire(block.counters->ready + input_of) < block.gate_up_items()) {
           }
         __syncwarp();
         input.load(
@@ -488,7 +490,7 @@ __device__ __forceinline__ void reduce_items(Block<S> block, int reducer, int la
     if (item.down()) continue;
     ++finished;
     if (item.last()) {
-      if (lane == 0 && reducer < block.pairs()) add_release(ws.ready + a, finished);
+      if (lane == 0 && reducer < block.pairs()) add_release(block.counters->ready + a, finished);
       finished = 0;
     }
   }
@@ -505,6 +507,11 @@ __global__ void __launch_bounds__(S::THREADS, 1) decode_layer(const MoeArgs args
   __syncthreads();
 
   wait_for_previous_kernel();
+  // Calls use two sets of counters in turn; each clears the other's.
+  const bool odd = __ldcg(ws.arrived) < 0;
+  block.counters = ws.counters + odd;
+  if (blockIdx.x == 0 && threadIdx.x < sizeof(DecodeCounters) / 4)
+    reinterpret_cast<int*>(ws.counters + !odd)[threadIdx.x] = 0;
   Slice<S> input(warp, lane);
   if (warp < S::MAIN)
     input.load(
@@ -529,8 +536,9 @@ __global__ void __launch_bounds__(S::THREADS, 1) decode_layer(const MoeArgs args
   let_next_kernel_start();
   __syncthreads();
   if (threadIdx.x == 0) {
-    add_release(ws.done, 1);
-    while (load_acquire(ws.done) < static_cast<int>(gridDim.x)) {
+    // Together they flip the highest bit and leave the others as they were.
+    add_release(ws.arrived, blockIdx.x == 0 ? INT_MIN - static_cast<int>(gridDim.x - 1) : 1);
+    while ((load_acquire(ws.arrived) < 0) == odd) {
     }
   }
   __syncthreads();
@@ -545,16 +553,6 @@ __global__ void __launch_bounds__(S::THREADS, 1) decode_layer(const MoeArgs args
     for (int j = 0; j < MAX_TOP_K; ++j)
       sum += v[j];
     static_cast<__nv_bfloat16*>(args.out)[i] = __float2bfloat16_rn(sum);
-  }
-  // The last block past the barrier leaves the counters as it found them: zero.
-  if (warp == 0) {
-    int before = 0;
-    if (lane == 0) before = add_acq_rel(ws.done + 1, 1);
-    if (__shfl_sync(~0u, before, 0) == static_cast<int>(gridDim.x) - 1) {
-      for (int i = lane; i < rt.count; i += 32)
-        ws.ready[i] = 0;
-      if (lane < 2) ws.done[lane] = ws.taken[lane] = 0;
-    }
   }
 }
 

@@ -8,7 +8,7 @@
 namespace mxfp4_sm120 {
 namespace {
 
-// Counters first (zeroed once by the caller, left zero by every call), then what each call overwrites.
+// Counters first (zeroed once by the caller, afterwards theirs who count), then what each call overwrites.
 struct Carver {
   uint8_t* base;
   int64_t at = 0;
@@ -30,9 +30,9 @@ Workspace carve(uint8_t* base, int M, int H, int I, int local_experts, int top_k
   Carver c{base};
   Workspace w{};
   const int64_t slots = static_cast<int64_t>(M) * top_k;
-  w.decode.ready = c.take<int>(MAX_EXPERTS);
-  w.decode.done = c.take<int>(2);
-  w.decode.taken = w.grouped.taken = c.take<int>(2);
+  w.decode.arrived = c.take<int>(1);
+  w.decode.counters = c.take<DecodeCounters>(2);
+  w.grouped.taken = c.take<int>(1);
   w.grouped.finished = c.take<int>(max_token_tiles(M, local_experts, top_k));
   w.counters = c.at;
   c.at = COUNTER_BYTES;

@@ -6,13 +6,15 @@ namespace mxfp4_sm120 {
 
 constexpr int DECODE_MAX_TOKENS = 16;  // two n8 column tiles
 
-// Counters are zero between calls.
+struct DecodeCounters {
+  int ready[256];  // [MAX_EXPERTS] gate-up items finished, per active expert
+  int taken[2];    // items that blocks have taken, of gate-up and of down
+};
 struct DecodeWorkspace {
-  int* ready;     // [256] gate-up items finished, per active expert
-  int* done;      // [2] blocks that have arrived at the grid barrier, and left it
-  int* taken;     // [2] items that blocks have taken, of gate-up and of down
-  uint16_t* act;  // bf16 [M * k, I]
-  float* y;       // fp32 [M * k, H], already weighted
+  int* arrived;              // blocks at the grid barrier, and in the highest bit whether the number of calls is odd
+  DecodeCounters* counters;  // [2] zero where the call is the next
+  uint16_t* act;             // bf16 [M * k, I]
+  float* y;                  // fp32 [M * k, H], already weighted
 };
 
 struct GroupedWorkspace {

@@ -77,10 +77,14 @@ struct Shape {
   static constexpr int WEIGHT_BYTES = WARPS * TILE_BYTES, STAGE_BYTES = WEIGHT_BYTES + TOKENS * 64;
   static constexpr int RING_BYTES = STAGES * STAGE_BYTES;
   static constexpr int SOURCES = (TOKENS * 4 + THREADS - 1) / THREADS;  // token rows a thread copies 16 bytes of
-  // Blocks take items as they come free, from a counter. Alone on a multiprocessor they are dealt them instead, for to
-  // keep in step: neighbours then read the same tokens and weights at the same time, which is worth more.
-  static constexpr bool TAKES = BLOCKS > 1;
+  // There is a main loop for each number of n8 tiles above this, and for each even one below.
+  static constexpr int EACH_FROM = TOKEN_TILES / 2;
 };
+
+template <typename S>
+__device__ __forceinline__ int row_groups(const Gemm& p) {
+  return (p.rows / TILE + S::WARPS - 1) / S::WARPS;
+}
 
 // How many warps share a row tile of the last row group, which has `left` of them (0: as many as the others).
 template <typename S>
@@ -98,6 +102,9 @@ struct Tiles {
   int rest_count;
   int long_rests;  // no shorter than a warp's share of a full tile in down's last row group
 
+  __device__ int gate_up_items(const Layer& p) const {
+    return (full[p.experts] + rest_count) * row_groups<S>(p.gemms[0]);
+  }
   __device__ int rest_of(int e) const { return (offsets[e + 1] - offsets[e]) % TOKENS; }
 
   __device__ void prepare(const Layer& p) {
@@ -145,34 +152,22 @@ constexpr int TURNS = 16;  // that a block remembers
 // What a block keeps behind the ring.
 template <typename S>
 struct Shared {
-  int items[TURNS];  // the item of a turn
+  int taken[TURNS];   // the item of a turn, by number
+  Item items[TURNS];  // and in full, once the loader has begun it
   Tiles<S> tiles;
 };
 template <typename S>
 constexpr int BYTES = S::RING_BYTES + sizeof(Shared<S>);
 
-// The item that a block is dealt at a turn: every other time in reverse, so that none always gets the longer ones.
-__device__ __forceinline__ int dealt_item(int turn) {
-  return turn * gridDim.x + (turn % 2 == 0 ? blockIdx.x : gridDim.x - 1 - blockIdx.x);
-}
-
+// An item by its number; past the last its expert is -1. Gate-up's first, all of a full tile or a rest (an expert's
+// full tiles together: they read the same weights) one after the other, for down's to be ready as they come. Of down's
+// those that take longer come first, for the end to be even: the full tiles' whole row groups; long rests' whole row
+// groups; the last row group, if it has fewer row tiles, of full tiles and of rests; the other rests' whole row groups.
+// For whole warps.
 template <typename S>
-__device__ __forceinline__ int row_groups(const Gemm& p) {
-  return (p.rows / TILE + S::WARPS - 1) / S::WARPS;
-}
-
-// The item of a turn; past the last its expert is -1. Gate-up's first, all of a full tile or a rest (an expert's full
-// tiles together: they read the same weights) one after the other, for down's to be ready as they come. Of down's those
-// that take longer come first, for the end to be even: the full tiles' whole row groups; long rests' whole row groups;
-// the last row group, if it has fewer row tiles, of full tiles and of rests; the other rests' whole row groups. For
-// whole warps.
-template <typename S>
-__device__ __forceinline__ Item item_of_turn(int turn, const Layer& p, const Shared<S>& shared) {
-  const Tiles<S>& tiles = shared.tiles;
-  int n = S::TAKES ? shared.items[turn % TURNS] : dealt_item(turn);
+__device__ __forceinline__ Item item_of(int n, const Layer& p, const Tiles<S>& tiles) {
   constexpr int WARPS = S::WARPS, TOKENS = S::TOKENS;
-  const int full = tiles.full[p.experts], rests = tiles.rest_count;
-  const int gate_up_items = (full + rests) * row_groups<S>(p.gemms[0]);
+  const int full = tiles.full[p.experts], rests = tiles.rest_count, gate_up_items = tiles.gate_up_items(p);
   const bool down = n >= gate_up_items;
   if (down) n -= gate_up_items;
   // Gate-up: all row groups of a tile one after the other.
@@ -210,9 +205,15 @@ __device__ __forceinline__ Item item_of_turn(int turn, const Layer& p, const Sha
   return item;
 }
 
+// The n8 tiles of the main loop for so many with tokens.
+template <typename S>
+__host__ __device__ constexpr int loop_size(int token_tiles) {
+  return token_tiles > S::EACH_FROM ? token_tiles : token_tiles + token_tiles % 2;
+}
+
 // A warp's part of an item. The last row group may have few row tiles (GPT-OSS's 90 and 180 are 11 x 8 + 2 and 22 x 8 +
 // 4); then several warps share one, each with a part of the tokens. Parts may overlap, and two warps then compute the
-// same: a main loop has an even number of n8 tiles, and reads none beyond the stage's.
+// same: a main loop may have more n8 tiles than there are, and reads none beyond the stage's.
 template <typename S>
 struct Part {
   int row_tile, token_tile, token_tiles;  // the row tile, and the first and the number of n8 tiles
@@ -222,7 +223,7 @@ struct Part {
     const int parts = sharers<S>(row_tiles - first);
     row_tile = first + warp % (WARPS / parts);
     const int share = ((item.tokens + 7) / 8 + parts - 1) / parts;
-    token_tiles = min(share + share % 2, S::TOKEN_TILES);
+    token_tiles = loop_size<S>(share);
     token_tile = min(warp / (WARPS / parts) * share, S::TOKEN_TILES - token_tiles);
   }
 };
@@ -232,7 +233,7 @@ template <typename S>
 struct Loader {
   static constexpr int SOURCES = S::SOURCES, THREADS = S::THREADS;
   const Layer& p;
-  const Shared<S>& shared;
+  Shared<S>& shared;
   int turn = 0;         // the next item to begin
   int left = 0;         // k-tiles of the item that are still to be copied
   uint32_t copies = 0;  // which this thread makes of a k-tile: bit i for its i-th of weights, 8 + i of tokens
@@ -240,7 +241,9 @@ struct Loader {
   const uint8_t* tokens = nullptr;   // this thread's chunk of row 0, at the next k-tile
   uint32_t row[SOURCES];             // this thread's rows, in 16-byte units from row 0
 
-  __device__ __forceinline__ Loader(const Layer& p, const Shared<S>& shared) : p(p), shared(shared) {}
+  __device__ __forceinline__ Loader(const Layer& p, Shared<S>& shared) : p(p), shared(shared) {}
+
+  __device__ __forceinline__ Item next() const { return item_of<S>(shared.taken[turn % TURNS], p, shared.tiles); }
 
   // Has gate-up finished the item's token tile?
   __device__ __forceinline__ bool is_ready(const Item& item) const {
@@ -249,7 +252,7 @@ struct Loader {
 
   // The next item, if there is one and its tokens are there: whoever works on an item must not wait for others.
   __device__ __forceinline__ void begin_if_ready() {
-    const Item item = item_of_turn(turn, p, shared);
+    const Item item = next();
     if (item.expert >= 0 && (!item.down || __syncthreads_and(is_ready(item)))) return begin(item);
     if (item.expert < 0) let_next_kernel_start();  // the block is near its end
     left = INT_MAX;
@@ -264,17 +267,18 @@ struct Loader {
   // Where a row tile or a token doesn't exist, the last one is copied in its place and what comes of it not stored.
   __device__ __forceinline__ void begin(const Item& item) {
     const Gemm& gemm = p.gemms[item.down];
-    const int row_tiles = gemm.rows / TILE;
+    const int row_tiles = gemm.rows / TILE, thread = thread_index();
+    if (thread == 0) shared.items[turn % TURNS] = item;  // long before anyone reads it
     ++turn;
     left = gemm.K / TILE;
-    tokens = reinterpret_cast<const uint8_t*>(gemm.in) + threadIdx.x % 4 * 16;
-    copies = threadIdx.x % 32 < TILE_CHUNKS - 32 ? 3 : 1;
-    const int row_tile = min(Part<S>(item, row_tiles, threadIdx.x / 32).row_tile, row_tiles - 1);
+    tokens = reinterpret_cast<const uint8_t*>(gemm.in) + thread % 4 * 16;
+    copies = thread % 32 < TILE_CHUNKS - 32 ? 3 : 1;
+    const int row_tile = min(Part<S>(item, row_tiles, thread / 32).row_tile, row_tiles - 1);
     weights = gemm.weights + (static_cast<int64_t>(item.expert) * row_tiles + row_tile) * left * TILE_BYTES +
-              threadIdx.x % 32 * 16;
+              thread % 32 * 16;
 #pragma unroll
     for (int i = 0; i < SOURCES; ++i) {
-      const int t = (threadIdx.x + i * THREADS) / 4, at = item.begin + min(t, item.tokens - 1);
+      const int t = (thread + i * THREADS) / 4, at = item.begin + min(t, item.tokens - 1);
       row[i] = static_cast<uint32_t>(item.down ? at : p.order[at]) * (gemm.K / 8);
       if (t < S::TOKENS && (t & ~7) < item.tokens) copies |= 256 << i;
     }
@@ -308,8 +312,7 @@ __device__ __forceinline__ void main_loop(S, float (&acc)[2][S::TOKEN_TILES][4],
                                           int token_tile, int k_tiles, uint32_t& stage) {
   constexpr int WEIGHT_BYTES = S::WEIGHT_BYTES, STAGE_BYTES = S::STAGE_BYTES, STAGES = S::STAGES;
   // n8 tiles whose tokens are in registers: all or, where the accumulators leave no room for so many, half.
-  constexpr int HELD = NTA <= 7 ? NTA : NTA / 2;
-  static_assert(NTA % HELD == 0);
+  constexpr int HELD = NTA <= 7 ? NTA : (NTA + 1) / 2;
   const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
   const uint32_t my_tile = smem + warp * TILE_BYTES + lane * 16;
   const uint32_t my_scales = smem + warp * TILE_BYTES + TILE_CODES + (lane >> 2) * 4;
@@ -331,7 +334,7 @@ __device__ __forceinline__ void main_loop(S, float (&acc)[2][S::TOKEN_TILES][4],
     const AFragments lower = decode_half_tile(tile, 1);
 #pragma unroll
     for (int n0 = 0; n0 < NTA; n0 += HELD) {
-      if (n0 == NTA - HELD) {
+      if (n0 + HELD >= NTA) {
         // This thread's copies of the next stage have landed and, after the barrier, everyone's; and every warp
         // holds what it still needs of this stage in registers: refill it.
         cp_async_wait<STAGES - 2>();
@@ -344,13 +347,16 @@ __device__ __forceinline__ void main_loop(S, float (&acc)[2][S::TOKEN_TILES][4],
         const AFragments& a = s % 2 == 0 ? upper : lower;
         const int k16 = s / 2;
 #pragma unroll
-        for (int i = 0; i < HELD; ++i)
+        for (int i = 0; i < (n0 + HELD < NTA ? HELD : NTA - n0); ++i)
           mma_bf16(acc[s % 2][n0 + i], a.lo[2 * k16], a.hi[2 * k16], a.lo[2 * k16 + 1], a.hi[2 * k16 + 1],
                    k16 == 0 ? b[i].x : b[i].z, k16 == 0 ? b[i].y : b[i].w);
       }
 #pragma unroll
       for (int i = 0; i < HELD; ++i)
-        b[i] = n0 + HELD < NTA ? tokens_of(stage, n0 + HELD + i) : tokens_of(next, i);
+        if (n0 + HELD >= NTA)
+          b[i] = tokens_of(next, i);
+        else if (n0 + HELD + i < NTA)
+          b[i] = tokens_of(stage, n0 + HELD + i);
     }
     upper = decode_half_tile(tile, 0);
     stage = next;
@@ -375,10 +381,10 @@ __device__ __forceinline__ void main_loop(S, float (&acc)[2][S::TOKEN_TILES][4],
 }
 
 // The main loop for so many n8 tiles.
-template <typename S, int NTA = (S::TOKEN_TILES < 2 ? S::TOKEN_TILES : 2), typename... Args>
+template <typename S, int NTA = loop_size<S>(1), typename... Args>
 __device__ __forceinline__ void run(int token_tiles, Args&... args) {
   if constexpr (NTA < S::TOKEN_TILES)
-    if (token_tiles > NTA) return run<S, (NTA + 2 < S::TOKEN_TILES ? NTA + 2 : S::TOKEN_TILES)>(token_tiles, args...);
+    if (token_tiles > NTA) return run<S, loop_size<S>(NTA + 1)>(token_tiles, args...);
   main_loop<NTA>(S{}, args...);
 }
 
@@ -411,18 +417,22 @@ __global__ void __launch_bounds__(S::THREADS, S::BLOCKS) grouped_gemms(const __g
 
   wait_for_previous_kernel();
   shared.tiles.prepare(p);
-  // How many turns before it comes an item is taken: the ring runs so far ahead.
+  // Blocks take items as they come free, from a counter, so many turns before they come: the ring runs ahead. The first
+  // ones are dealt: of the second turn in reverse, for the longer ones not to come together, unless down's are among
+  // them, which then find a block that has been through gate-up.
   auto ahead = [&] { return 2 + STAGES / (min(p.gemms[0].K, p.gemms[1].K) / TILE); };
-  if (S::TAKES) {
-    if (threadIdx.x < ahead()) shared.items[threadIdx.x] = dealt_item(threadIdx.x);
-    __syncthreads();
+  if (threadIdx.x < ahead()) {
+    const int turn = threadIdx.x, blocks = gridDim.x;
+    const bool reverse = turn % 2 == 1 && shared.tiles.gate_up_items(p) >= 2 * blocks;
+    shared.taken[turn] = turn * blocks + (reverse ? blocks - 1 - blockIdx.x : blockIdx.x);
   }
+  __syncthreads();
   Loader<S> loader(p, shared);
   uint32_t stage = 0;
   for (int turn = 0;; ++turn) {
-    Item item = item_of_turn(turn, p, shared);
-    if (item.expert < 0) break;
     if (turn == loader.turn) {  // the first, or one that wasn't ready yet when its tokens were to be fetched
+      const Item item = loader.next();
+      if (item.expert < 0) break;
       __syncthreads();
       loader.begin_when_ready(item);
       for (int s = 0; s < STAGES; ++s) {
@@ -435,14 +445,16 @@ __global__ void __launch_bounds__(S::THREADS, S::BLOCKS) grouped_gemms(const __g
       __syncthreads();
       stage = 0;
     }
-    Part<S> part(item, p.gemms[item.down].rows / TILE, warp);
+    const Item& item = shared.items[turn % TURNS];
     float acc[2][TOKEN_TILES][4] = {};
-    int token_tile = part.token_tile, k_tiles = p.gemms[item.down].K / TILE;
-    run<S>(part.token_tiles, acc, loader, smem, token_tile, k_tiles, stage);
-    item = item_of_turn(turn, p, shared);  // again, for not to keep it in registers
-    part = Part<S>(item, p.gemms[item.down].rows / TILE, warp);
+    {
+      const Part<S> part(item, p.gemms[item.down].rows / TILE, warp);
+      int token_tile = part.token_tile, k_tiles = p.gemms[item.down].K / TILE;
+      run<S>(part.token_tiles, acc, loader, smem, token_tile, k_tiles, stage);
+    }
     int taken = 0;
-    if (S::TAKES && threadIdx.x == 0) taken = ahead() * gridDim.x + atomicAdd(p.taken, 1);
+    if (threadIdx.x == 0) taken = atomicAdd(p.taken, 1);
+    const Part<S> part(item, p.gemms[item.down].rows / TILE, warp);  // again, for not to keep it in registers
     if (item.down) {
       store<false>(S{}, p, item, part, acc);
     } else {
@@ -450,7 +462,7 @@ __global__ void __launch_bounds__(S::THREADS, S::BLOCKS) grouped_gemms(const __g
       __syncwarp();
       if (lane == 0) add_release(p.finished + item.tile, 1);
     }
-    if (S::TAKES && threadIdx.x == 0) shared.items[(turn + ahead()) % TURNS] = taken;
+    if (threadIdx.x == 0) shared.taken[(turn + ahead()) % TURNS] = ahead() * gridDim.x + taken;
   }
 }
 

@@ -33,8 +33,7 @@ __global__ void __launch_bounds__(256) route(const MoeArgs args, const GroupedWo
 }
 
 // Block e finds expert e's slots by itself: how many belong to lower experts says where its run begins. A warp owns
-// consecutive slots, 32 at a time (FUSED: a token's), and ballots keep their order. No atomics, no second pass over
-// other blocks' results.
+// consecutive slots, and ballots keep their order. No atomics, no second pass over other blocks' results.
 template <bool FUSED>
 __global__ void __launch_bounds__(32 * GROUP_WARPS) group_slots(const MoeArgs args, const GroupedWorkspace ws) {
   __shared__ int mine_of[GROUP_WARPS], lower_of[GROUP_WARPS];
@@ -42,24 +41,35 @@ __global__ void __launch_bounds__(32 * GROUP_WARPS) group_slots(const MoeArgs ar
   wait_for_previous_kernel();
   let_next_kernel_start();
   const int e = blockIdx.x, warp = threadIdx.x / 32, lane = threadIdx.x % 32, warps = blockDim.x / 32;
-  const int slots = args.M * args.top_k, step = FUSED ? args.top_k : 32;
-  const int steps = ((slots + step - 1) / step + warps - 1) / warps;  // of a warp
-  const int begin = min(slots, warp * steps * step), end = min(slots, begin + steps * step);
-  int mine = 0, lower = 0;
-  for (int s = begin; s < end; s += step) {
-    int expert = -1;
-    if (FUSED) {
-      const Choice c = route_token(args, s / step, lane, /*merge=*/false);
-      expert = c.expert;
-      if (lane < step) {
-        routed[s + lane] = expert;
-        if (e == 0) ws.weight[s + lane] = c.weight;
-      }
-    } else if (s + lane < end) {
-      expert = ws.expert[s + lane];
+  if (FUSED) {
+    for (int token = warp; token < args.M; token += warps) {
+      const Choice c = route_token(args, token, lane, /*merge=*/false);
+      if (lane >= args.top_k) continue;
+      routed[token * args.top_k + lane] = c.expert;
+      if (e == 0) ws.weight[token * args.top_k + lane] = c.weight;
     }
-    mine += expert == e;
-    lower += static_cast<unsigned>(expert) < static_cast<unsigned>(e);  // -1 is larger than every expert
+    __syncthreads();
+  }
+  const int* const expert_of = FUSED ? routed : ws.expert;
+  const int slots = args.M * args.top_k, each = (slots + 32 * warps - 1) / (32 * warps) * 32;  // of a warp
+  const int begin = min(slots, warp * each), end = min(slots, begin + each);
+  // The experts of this warp's next slots; NO_SLOT past its last.
+  constexpr int AT_ONCE = FUSED ? 1 : 8;  // loads under way together
+  constexpr int NO_SLOT = -2;
+  int experts[AT_ONCE];
+  auto load = [&](int s) {
+#pragma unroll
+    for (int i = 0; i < AT_ONCE; ++i)
+      experts[i] = s + 32 * i + lane < end ? expert_of[s + 32 * i + lane] : NO_SLOT;
+  };
+  int mine = 0, lower = 0;
+  for (int s = begin; s < end; s += 32 * AT_ONCE) {
+    load(s);
+#pragma unroll
+    for (int i = 0; i < AT_ONCE; ++i) {
+      mine += experts[i] == e;
+      lower += static_cast<unsigned>(experts[i]) < static_cast<unsigned>(e);  // below 0 is larger than every expert
+    }
   }
   mine = __reduce_add_sync(~0u, mine);
   lower = __reduce_add_sync(~0u, lower);
@@ -70,18 +80,21 @@ __global__ void __launch_bounds__(32 * GROUP_WARPS) group_slots(const MoeArgs ar
   __syncthreads();
   const int first = __reduce_add_sync(~0u, lane < warps ? lower_of[lane] : 0);
   int at = first + __reduce_add_sync(~0u, lane < warp ? mine_of[lane] : 0);
-  for (int s = begin; s < end; s += step) {
-    const bool exists = lane < step && s + lane < end;
-    const int expert = !exists ? -1 : FUSED ? routed[s + lane] : ws.expert[s + lane];
-    const unsigned here = __ballot_sync(~0u, expert == e);
-    if (expert == e) {
-      const int to = at + __popc(here & ((1u << lane) - 1));
-      ws.position[s + lane] = to;
-      ws.order[to] = (s + lane) / args.top_k;
-    } else if (e == 0 && exists && expert < 0) {
-      ws.position[s + lane] = -1;
+  for (int s0 = begin; s0 < end; s0 += 32 * AT_ONCE) {
+    load(s0);
+#pragma unroll
+    for (int i = 0; i < AT_ONCE; ++i) {
+      const int s = s0 + 32 * i + lane;
+      const unsigned here = __ballot_sync(~0u, experts[i] == e);
+      if (experts[i] == e) {
+        const int to = at + __popc(here & ((1u << lane) - 1));
+        ws.position[s] = to;
+        ws.order[to] = s / args.top_k;
+      } else if (e == 0 && experts[i] == -1) {
+        ws.position[s] = -1;
+      }
+      at += __popc(here);
     }
-    at += __popc(here);
   }
   if (threadIdx.x == blockDim.x - 1) {
     ws.offsets[e] = first;

@@ -6,7 +6,7 @@
 
 namespace mxfp4_sm120 {
 
-// The workspace's first bytes are counters, zeroed once by the caller and left zero by every call.
+// The workspace's first bytes are counters, zeroed once by the caller.
 constexpr int COUNTER_BYTES = 64 * 1024;
 
 struct MoeArgs {              // all pointers on the current device

@@ -92,6 +92,13 @@ __device__ __forceinline__ void let_next_kernel_start() {
 #endif
 }
 
+// threadIdx.x, read anew: the compiler keeps nothing in registers that it could have made of it before.
+__device__ __forceinline__ int thread_index() {
+  int index;
+  asm volatile("mov.u32 %0, %%tid.x;" : "=r"(index));
+  return index;
+}
+
 // ---- shared and global memory ----
 __device__ __forceinline__ uint4 lds128(uint32_t a) {
   uint4 v;
@@ -121,11 +128,6 @@ __device__ __forceinline__ int load_acquire(const int* p) {
 }
 __device__ __forceinline__ void add_release(int* p, int v) {
   asm volatile("red.release.gpu.global.add.s32 [%0], %1;" ::"l"(p), "r"(v) : "memory");
-}
-__device__ __forceinline__ int add_acq_rel(int* p, int v) {
-  int old;
-  asm volatile("atom.acq_rel.gpu.global.add.s32 %0, [%1], %2;" : "=r"(old) : "l"(p), "r"(v) : "memory");
-  return old;
 }
 
 // ---- floats ----

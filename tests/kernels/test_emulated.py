@@ -83,14 +83,15 @@ def test_right(library: ctypes.CDLL, config: int, seed: int):
 
 @KERNELS_AND_CARDS
 def test_the_same_bits_in_any_order(library: ctypes.CDLL, config: int):
-    """However warps are scheduled and whenever copies land; with as many blocks, for those share the work."""
+    """However warps are scheduled and whenever copies land, call after call; with as many blocks, for those share the
+    work."""
     shape = MoEShape(5, 5, 96, 64, 3)
     x, logits = inputs(shape, 13, 0)
     layer = Emulated(library, shape, proof.random_weights(shape, "cpu"))
     outs = []
     for seed in range(4):
         library.emulate(3, seed % 2 == 0, seed)
-        outs.append(layer(x, logits, config))
+        outs.append(layer(x, logits, config, calls=3))
     assert all(torch.equal(out, outs[0]) for out in outs)
 
 
@@ -162,14 +163,18 @@ def test_router(library: ctypes.CDLL, tokens: int, experts: int, hidden: int):
     ("right", "wrong", "configs"),
     [
         ("cp_async_wait<STAGES - 2>();", "cp_async_wait<STAGES - 1>();", (2, 7)),
-        ("cp_async_wait<STAGES - 1>();\n      __syncthreads();", "cp_async_wait<STAGES - 1>();", (2, 7)),
+        (
+            "cp_async_wait<STAGES - 2>();\n        __syncthreads();",
+            "__syncthreads();\n        cp_async_wait<STAGES - 2>();",
+            (2, 7),
+        ),
         ("== row_groups<S>(p.gemms[0]) * S::WARPS;", ">= 0;", (2, 7)),
         ("share, S::TOKEN_TILES - token_tiles);", "share, S::TOKEN_TILES);", (7,)),
     ],
     ids=["copies", "barrier", "gate-up", "parts"],
 )
 def test_the_emulator_notices(tmp_path: Path, right: str, wrong: str, configs: tuple[int, ...]):
-    """Copies not waited for, a barrier that isn't there, down before its gate-up, loads beyond a stage."""
+    """Copies not waited for, a barrier before one's own have landed, down before its gate-up, loads beyond a stage."""
     csrc, built = tmp_path / "csrc", tmp_path / "built"
     csrc.mkdir()
     built.mkdir()

@@ -55,6 +55,7 @@ inline void store_if(bool store, void* p, uint32_t v) {
 inline void store_if(bool store, void* p, uint2 v) {
   if (store) std::memcpy(p, &v, sizeof(v));
 }
+inline int thread_index() { return threadIdx.x; }
 inline int load_acquire(const int* p) {
   emu::yield();
   return *p;
@@ -62,10 +63,6 @@ inline int load_acquire(const int* p) {
 inline void add_release(int* p, int v) {
   *p += v;
   emu::progress = true;
-}
-inline int add_acq_rel(int* p, int v) {
-  emu::progress = true;
-  return (*p += v) - v;
 }
 
 // std::fmin would drop a NaN.
