@@ -3,11 +3,11 @@
     python benchmarks/layer.py --model 20b --tokens 1,8,64,512,4096 --backends native,triton,vllm-marlin,vllm-triton
 
 Each figure is the median of CUDA-graph replays that walk over several layers' weights, so that the L2 cache never holds
-the next call's; routing, both GEMMs, activation and combination included. "limit" is what a streaming read of the
-bytes that the layer touches takes at this card's measured read bandwidth, or its operations at the measured rate of a
-BF16 matrix product, whichever is longer (mma.sync kernels reach about three quarters of that rate on Hopper, whose
-faster wgmma SM120 lacks). The first column after the time is the error against float64, with the activation between
-the GEMMs rounded to BF16 as every backend rounds it. With `--skew`,
+the next call's; the backends take turns; routing, both GEMMs, activation and combination included. "limit" is what a
+streaming read of the bytes that the layer touches takes at this card's measured read bandwidth, or its operations at
+the measured rate of a BF16 matrix product, whichever is longer (mma.sync kernels reach about three quarters of that
+rate on Hopper, whose faster wgmma SM120 lacks). The error is against float64, with the activation between the GEMMs
+rounded to BF16 as every backend rounds it. With `--skew`,
 half of all (token, choice) pairs fall on 2 experts.
 """
 
@@ -138,8 +138,8 @@ def vllm_triton(shape: MoEShape, weights: MoEWeights) -> Layer:
 BACKENDS = {"native": ours(Native), "triton": ours(Triton), "vllm-marlin": vllm_marlin, "vllm-triton": vllm_triton}
 
 
-def microseconds(layers: list[Layer], x: Tensor, all_logits: list[Tensor]) -> float:
-    """The median of one layer's time in a CUDA graph that walks over all of them."""
+def graph_of(layers: list[Layer], x: Tensor, all_logits: list[Tensor]) -> torch.cuda.CUDAGraph:
+    """A CUDA graph that walks over all layers."""
 
     def walk() -> None:
         for layer, logits in zip(layers, all_logits, strict=True):
@@ -153,29 +153,37 @@ def microseconds(layers: list[Layer], x: Tensor, all_logits: list[Tensor]) -> fl
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
         walk()
-    return median_microseconds(graph.replay, 20) / len(layers)
+    return graph
 
 
-def median_microseconds(call: Callable[[], object], repeats: int) -> float:
-    times = []
+def median_microseconds(calls: dict[str, Callable[[], object]], repeats: int) -> dict[str, float]:
+    """Of each call; they take turns, for a card's clock changes with its power and warmth."""
+    times: dict[str, list[float]] = {name: [] for name in calls}
     for repeat in range(repeats + 3):
-        start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
-        start.record()
-        call()
-        end.record()
-        torch.cuda.synchronize()
-        if repeat >= 3:
-            times.append(start.elapsed_time(end) * 1e3)
-    return statistics.median(times)
+        for name, call in calls.items():
+            start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+            start.record()
+            call()
+            end.record()
+            torch.cuda.synchronize()
+            if repeat >= 3:
+                times[name].append(start.elapsed_time(end) * 1e3)
+    return {name: statistics.median(each) for name, each in times.items()}
+
+
+def microseconds(backends: dict[str, list[Layer]], x: Tensor, all_logits: list[Tensor]) -> dict[str, float]:
+    """One layer's time with each backend."""
+    replays = {name: graph_of(layers, x, all_logits).replay for name, layers in backends.items()}
+    return {name: time / len(all_logits) for name, time in median_microseconds(replays, 20).items()}
 
 
 def card_rates() -> tuple[float, float]:
     """This card's (bytes read and written, BF16 operations) per microsecond, measured."""
     data = torch.randint(-9, 9, (1 << 28,), dtype=torch.int32, device=DEVICE)
     copy = torch.empty_like(data)
-    read = 2 * data.nbytes / median_microseconds(lambda: copy.copy_(data), 10)
     a, b = (torch.randn(8192, 8192, device=DEVICE).bfloat16() for _ in range(2))
-    return read, 2 * 8192**3 / median_microseconds(lambda: a @ b, 10)
+    times = median_microseconds({"copy": lambda: copy.copy_(data), "multiply": lambda: a @ b}, 10)
+    return 2 * data.nbytes / times["copy"], 2 * 8192**3 / times["multiply"]
 
 
 def router_logits(shape: MoEShape, tokens: int, skew: bool) -> Tensor:
@@ -210,10 +218,10 @@ def main() -> None:
         )
         for tokens in tokens_list
     }
-    results: dict[str, dict[int, float]] = {}
+    backends: dict[str, list[Layer]] = {}
     for name in arguments.backends.split(","):
         try:
-            held = [BACKENDS[name](shape, random_weights(shape, seed)) for seed in range(layers)]
+            backends[name] = [BACKENDS[name](shape, random_weights(shape, seed)) for seed in range(layers)]
         except ImportError as missing:
             print(f"{name}: not measured, {missing}")
             continue
@@ -221,21 +229,19 @@ def main() -> None:
         exact = reference(
             random_weights(shape, 0), x, *topk_softmax(logits, shape.top_k), activation_dtype=torch.bfloat16
         )
-        error = (held[0](x, logits).double() - exact).norm() / exact.norm()
+        error = (backends[name][0](x, logits).double() - exact).norm() / exact.norm()
         print(f"{name}: relative error {error:.2e}")
-        for tokens, (x, all_logits) in problems.items():
-            results.setdefault(name, {})[tokens] = microseconds(held, x, all_logits)
-        del held
-        torch.cuda.empty_cache()
 
-    print(f"\n{'tokens':>7} {'limit':>9}" + "".join(f"{name:>13}" for name in results))
-    for tokens, (_, all_logits) in problems.items():
+    results: dict[str, dict[int, float]] = {"limit": {}} | {name: {} for name in backends}
+    print(f"\n{'tokens':>7} {'limit':>9}" + "".join(f"{name:>13}" for name in backends))
+    for tokens, (x, all_logits) in problems.items():
         active = statistics.mean(len(topk_softmax(logits, shape.top_k)[0].unique()) for logits in all_logits)
         operations = 6 * tokens * shape.top_k * shape.hidden_size * shape.intermediate_size
-        limit = max(active * shape.packed_bytes_per_expert / read, operations / multiply)
-        results.setdefault("limit", {})[tokens] = limit
-        row = "".join(f"{times[tokens]:13.1f}" for name, times in results.items() if name != "limit")
-        print(f"{tokens:7d} {limit:9.1f}{row}")
+        results["limit"][tokens] = max(active * shape.packed_bytes_per_expert / read, operations / multiply)
+        for name, time in microseconds(backends, x, all_logits).items():
+            results[name][tokens] = time
+        row = "".join(f"{results[name][tokens]:13.1f}" for name in backends)
+        print(f"{tokens:7d} {results['limit'][tokens]:9.1f}{row}", flush=True)
     if arguments.json:
         arguments.json.write_text(
             json.dumps({"model": arguments.model, "tp": arguments.tp, "microseconds": results}, indent=1)

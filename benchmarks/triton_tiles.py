@@ -36,7 +36,7 @@ def main() -> None:
         for tiles in [chosen, *(backend.Tiles(*tiles) for tiles in TRIED[chosen.block_m])]:
             backend.tiles_for = lambda *_, tiles=tiles: tiles
             try:
-                print(f"{tokens:6d} tokens {microseconds(layers, x, logits):9.1f} us  {tiles}", flush=True)
+                print(f"{tokens:6d} tokens {microseconds({'': layers}, x, logits)['']:9.1f} us  {tiles}", flush=True)
             except RuntimeError as error:  # more shared memory or registers than the card has
                 print(f"{tokens:6d} tokens {'-':>9}     {tiles}: {error}"[:120], flush=True)
     backend.tiles_for = choose
