@@ -106,15 +106,27 @@ __global__ void __launch_bounds__(32 * GROUP_WARPS) group_slots(const MoeArgs ar
 constexpr int COLUMNS = 8;
 
 __global__ void __launch_bounds__(256) combine_slots(const MoeArgs args, const GroupedWorkspace ws) {
+  const unsigned pieces = args.H / COLUMNS, i = blockIdx.x * blockDim.x + threadIdx.x, token = i / pieces;
+  const unsigned piece = i - token * pieces;
+  const int64_t slot = static_cast<int64_t>(token) * args.top_k;
+  constexpr int AT_ONCE = 4;  // slots whose loads are under way together
+  int position[AT_ONCE];
+  float weight[AT_ONCE];
+  auto find = [&](int j0) {
+#pragma unroll
+    for (int j = 0; j < AT_ONCE; ++j) {
+      const bool exists = static_cast<int>(token) < args.M && j0 + j < args.top_k;
+      position[j] = exists ? __ldcg(ws.position + slot + j0 + j) : -1;
+      weight[j] = exists ? __ldcg(ws.weight + slot + j0 + j) : 0.f;
+    }
+  };
+  find(0);  // the GEMMs, which have started, found these finished
   wait_for_previous_kernel();
   let_next_kernel_start();
-  const unsigned pieces = args.H / COLUMNS, i = blockIdx.x * blockDim.x + threadIdx.x, token = i / pieces;
   if (i == 0) *ws.taken = 0;
   for (int tile = i; tile < max_token_tiles(args.M, args.local_experts, args.top_k); tile += gridDim.x * blockDim.x)
     ws.finished[tile] = 0;
   if (token >= args.M) return;
-  const unsigned piece = i - token * pieces;
-  const int64_t slot = static_cast<int64_t>(token) * args.top_k;
   const uint4* const y = reinterpret_cast<const uint4*>(ws.y) + piece;
   float4 lo{0.f, 0.f, 0.f, 0.f}, hi = lo;
   auto add = [](float4& sum, uint2 packed, float weight) {
@@ -124,17 +136,9 @@ __global__ void __launch_bounds__(256) combine_slots(const MoeArgs args, const G
     sum.z += v.z * weight;
     sum.w += v.w * weight;
   };
-  constexpr int AT_ONCE = 4;  // slots whose loads are under way together
   for (int j0 = 0; j0 < args.top_k; j0 += AT_ONCE) {
-    int position[AT_ONCE];
-    float weight[AT_ONCE];
+    if (j0 > 0) find(j0);
     uint4 v[AT_ONCE];
-#pragma unroll
-    for (int j = 0; j < AT_ONCE; ++j) {
-      const bool exists = j0 + j < args.top_k;
-      position[j] = exists ? ws.position[slot + j0 + j] : -1;
-      weight[j] = exists ? ws.weight[slot + j0 + j] : 0.f;
-    }
 #pragma unroll
     for (int j = 0; j < AT_ONCE; ++j)
       if (position[j] >= 0) v[j] = __ldcs(y + static_cast<int64_t>(position[j]) * pieces);
