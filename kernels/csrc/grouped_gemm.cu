@@ -142,9 +142,8 @@ struct Tiles {
 
 // An expert's token tile by a group of WARPS row tiles.
 struct Item {
-  bool down;
-  int expert, row_group, begin, tokens;
-  int tile;  // which of all token tiles
+  short down, expert, row_group, tokens;  // down: 0 or 1
+  int begin, tile;                        // of its first token; which of all token tiles
 };
 
 constexpr int TURNS = 16;  // that a block remembers
@@ -181,7 +180,7 @@ __device__ __forceinline__ Item item_of(int n, const Layer& p, const Tiles<S>& t
   else if (n >= longer)
     n -= parts;
   const int groups = in_part ? 1 : whole;
-  Item item{down, -1, whole, 0, 0, 0};
+  Item item{static_cast<short>(down), -1, static_cast<short>(whole), 0, 0, 0};
   if (n < full * groups) {
     int expert = 0;  // as many as end before
     for (int e0 = 0; e0 < p.experts; e0 += 32) {
@@ -396,7 +395,7 @@ __device__ __forceinline__ void store(S, const Layer& p, const Item& item, const
   const int lane = threadIdx.x % 32, row = part.row_tile * TILE + 4 * (lane >> 2);
   if (row >= gemm.rows) return;
   const int token = part.token_tile * 8 + 2 * (lane & 3);
-  const int end = min(item.tokens, (part.token_tile + part.token_tiles) * 8) - token;
+  const int end = min(int{item.tokens}, (part.token_tile + part.token_tiles) * 8) - token;
   const Output<GATE_UP> output(gemm, item.expert, item.begin + token, row);
 #pragma unroll
   for (int n = 0; n < S::TOKEN_TILES; ++n) {
@@ -478,7 +477,7 @@ const char* launch(const Layer& p, const Device& device, cudaStream_t stream) {
 
 // By tokens in a tile.
 using Tokens8 = Shape<6, 8, 12, 2>;
-using Tokens24 = Shape<6, 24, 9, 2>;
+using Tokens24 = Shape<4, 24, 8, 3>;
 using Tokens40 = Shape<4, 40, 6, 3>;
 using Tokens64 = Shape<4, 64, 4, 3>;
 using Tokens80 = Shape<4, 80, 4, 3>;
