@@ -346,7 +346,7 @@ __device__ __forceinline__ void main_loop(S, float (&acc)[2][S::TOKEN_TILES][4],
         const AFragments& a = s % 2 == 0 ? upper : lower;
         const int k16 = s / 2;
 #pragma unroll
-        for (int i = 0; i < (n0 + HELD < NTA ? HELD : NTA - n0); ++i)
+        for (int i = 0; i < HELD && n0 + i < NTA; ++i)
           mma_bf16(acc[s % 2][n0 + i], a.lo[2 * k16], a.hi[2 * k16], a.lo[2 * k16 + 1], a.hi[2 * k16 + 1],
                    k16 == 0 ? b[i].x : b[i].z, k16 == 0 ? b[i].y : b[i].w);
       }
