@@ -5,8 +5,9 @@
     python benchmarks/engine.py /data/g20 --choices ours,marlin --profile 1,8,64
 
 "ours" is `--quantization mxfp4_sm120`, "ours:NAME" that with a backend by name, "bf16" the same model unquantized with
-made-up weights (compare it with what has such weights too, by --engine below); any other name is vLLM's own `--quantization mxfp4` with that `--moe-backend`. "-tp2" or "-ep2" after
-a name means two GPUs, tensor or expert parallel. A directory with nothing but config.json will do, with --engine
+made-up weights (compare it with what has such weights too, by --engine below); any other name is vLLM's own
+`--quantization mxfp4` with that `--moe-backend`. "-tp2" or "-ep2" after a name means two GPUs, tensor or expert
+parallel. A directory with nothing but config.json will do, with --engine
 '{"load_format": "dummy"}'. Prompts are random tokens, answers ignore the end of text, and everything is served until
 it gets no faster and compiles nothing. Every choice also answers the same prompts greedily, and is compared in that
 with the first choice.
