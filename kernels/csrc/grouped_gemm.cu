@@ -14,6 +14,7 @@
 // take registers that the accumulators need.
 #include <algorithm>
 #include <climits>
+#include <tuple>
 
 #include "dispatch.h"
 #include "layer.cuh"
@@ -475,33 +476,15 @@ const char* launch(const Layer& p, const Device& device, cudaStream_t stream) {
                        {device.dependent_launch, /*cooperative=*/true}, p);
 }
 
-// By tokens in a tile.
-using Tokens8 = Shape<6, 8, 12, 2>;
-using Tokens24 = Shape<4, 24, 8, 3>;
-using Tokens40 = Shape<4, 40, 6, 3>;
-using Tokens64 = Shape<4, 64, 4, 3>;
-using Tokens80 = Shape<4, 80, 4, 3>;
-using Tokens112 = Shape<8, 112, 7, 1>;
-using Tokens144 = Shape<8, 144, 6, 1>;
+// The variants, in the dispatch table's order: by tokens in a tile.
+using Shapes = std::tuple<Shape<6, 8, 12, 2>, Shape<4, 24, 8, 3>, Shape<4, 40, 6, 3>, Shape<4, 64, 4, 3>,
+                          Shape<4, 80, 4, 3>, Shape<8, 112, 7, 1>, Shape<8, 144, 6, 1>>;
 
-template <typename Do>
+template <int VARIANT = 0, typename Do>
 auto with_shape(int variant, Do&& act) {
-  switch (variant) {
-    case 0:
-      return act(Tokens8{});
-    case 1:
-      return act(Tokens24{});
-    case 2:
-      return act(Tokens40{});
-    case 3:
-      return act(Tokens64{});
-    case 4:
-      return act(Tokens80{});
-    case 5:
-      return act(Tokens112{});
-    default:
-      return act(Tokens144{});
-  }
+  if constexpr (VARIANT + 1 < std::tuple_size_v<Shapes>)
+    if (variant > VARIANT) return with_shape<VARIANT + 1>(variant, act);
+  return act(std::tuple_element_t<VARIANT, Shapes>{});
 }
 
 }  // namespace
