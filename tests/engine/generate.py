@@ -11,8 +11,12 @@ the tokens and what follows them are those of the last round.
 from __future__ import annotations
 
 import json
+import os
 import sys
 from pathlib import Path
+
+if "VLLM_DP_SIZE" in os.environ:  # here, because vLLM's workers import this module, too
+    from tests.engine import cpu_gatherv  # noqa: F401
 
 
 def who_answers(model) -> dict[str, list]:

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import copy
 import json
+import socket
 import subprocess
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from itertools import cycle
 from pathlib import Path
@@ -100,6 +102,37 @@ def test_two_ranks(
     """A shard of every expert, half of the experts, or half of the layers each."""
     answers = generate(tiny, prompts, tmp_path, quantization="mxfp4_sm120", **engine)
     assert_ours(answers, tiny_config, choice, **ranks)
+    assert answers.worst_difference(offline) < TOLERANCE
+
+
+@pytest.mark.skipif(torch.cuda.device_count() == 1, reason="two ranks need two GPUs, or none")
+def test_data_and_expert_parallel(
+    tiny: Path, prompts: list[list[int]], tmp_path: Path, offline: Answers, tiny_config: dict, choice: Choice
+) -> None:
+    """Two engines with half of the experts each; one has 5 prompts, the other 3."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+
+    def answer(rank: int) -> Answers:
+        env = {"VLLM_DP_SIZE": "2", "VLLM_DP_RANK": f"{rank}", "VLLM_DP_RANK_LOCAL": f"{rank}"}
+        env |= {"VLLM_DP_MASTER_IP": "127.0.0.1", "VLLM_DP_MASTER_PORT": f"{port}"}
+        env |= {"VLLM_CPU_OMP_THREADS_BIND": "nobind", "OMP_NUM_THREADS": "1"}
+        directory = tmp_path / f"{rank}"
+        directory.mkdir()
+        mine = prompts[:5] if rank == 0 else prompts[5:]
+        engine = {"quantization": "mxfp4_sm120", "enforce_eager": True, "enable_expert_parallel": True}
+        return generate(tiny, mine, directory, env, **engine)
+
+    with ThreadPoolExecutor() as ranks:
+        one, other = ranks.map(answer, range(2))
+    answers = replace(
+        one,
+        tokens=one.tokens + other.tokens,
+        logprobs=one.logprobs + other.logprobs,
+        layers=[*one.layers, *other.layers],
+    )
+    assert_ours(answers, tiny_config, choice, ep=2)
     assert answers.worst_difference(offline) < TOLERANCE
 
 
