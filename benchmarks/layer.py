@@ -7,8 +7,7 @@ the next call's; the backends take turns; routing, both GEMMs, activation and co
 streaming read of the bytes that the layer touches takes at this card's measured read bandwidth, or its operations at
 the measured rate of a BF16 matrix product, whichever is longer (mma.sync kernels reach about three quarters of that
 rate on Hopper, whose faster wgmma SM120 lacks). The error is against float64, with the activation between the GEMMs
-rounded to BF16 as every backend rounds it. With `--skew`,
-half of all (token, choice) pairs fall on 2 experts.
+rounded to BF16 as every backend rounds it. With `--skew`, half of all (token, choice) pairs fall on 2 experts.
 """
 
 from __future__ import annotations

@@ -153,9 +153,10 @@ void moe(const Tensor& x, const Tensor& w13, const Tensor& w2, const std::option
   // Sizes come from x and the weights; all else must agree with them.
   const int64_t tokens = size_of(x, "x", 2, 0), hidden = size_of(x, "x", 2, 1);
   const int64_t local_experts = size_of(w2, "w2", 4, 0), intermediate = size_of(w2, "w2", 4, 2) * 32;
-  if (num_experts < 1 || num_experts > 256) refuse("num_experts", " is ", num_experts, ", expected 1 to 256");
-  if (top_k < 1 || top_k > 8 || top_k > num_experts)
-    refuse("top_k", " is ", top_k, ", expected 1 to 8 and at most num_experts (", num_experts, ")");
+  if (num_experts < 1 || num_experts > MAX_EXPERTS)
+    refuse("num_experts", " is ", num_experts, ", expected 1 to ", MAX_EXPERTS);
+  if (top_k < 1 || top_k > MAX_TOP_K || top_k > num_experts)
+    refuse("top_k", " is ", top_k, ", expected 1 to ", MAX_TOP_K, " and at most num_experts (", num_experts, ")");
   if (local_experts < 1 || local_experts > num_experts)
     refuse("w2", " holds ", local_experts, " experts, expected 1 to num_experts (", num_experts, ")");
   if (intermediate < 1) refuse("w2", " has an intermediate size of 0, expected a multiple of 32");

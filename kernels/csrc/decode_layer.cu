@@ -225,6 +225,10 @@ struct Block {
   __device__ __forceinline__ int pairs() const { return (args.M + 1) / 2; }  // of tokens: a reducer's activations
   // Of an expert, as the reducers count them.
   __device__ __forceinline__ int gate_up_items() const { return 2 * args.I / TILE * min(pairs(), S::REDUCERS); }
+  __device__ __forceinline__ void wait_for_gate_up(int active) const {
+    while (load_acquire(counters->ready + active) < gate_up_items()) {
+    }
+  }
   __device__ __forceinline__ float* sum_buffer() const {
     return reinterpret_cast<float*>(smem + S::SUMS) + sums.stage * S::SUM_FLOATS;
   }
@@ -319,8 +323,7 @@ __device__ __forceinline__ void fetch_activations(Block<S> block, int lane) {
     input_of = item.active();
     const uint32_t chosen = rt.tokens_of(input_of);
     if (__popc(chosen) > S::ROWS) continue;
-    while (load_acquire(block.counters->ready + input_of) < block.gate_up_items()) {
-    }
+    block.wait_for_gate_up(input_of);
     order_before_bulk_copies();
 #pragma unroll 1
     for (uint32_t left = chosen; left != 0; left &= left - 1) {
@@ -362,9 +365,7 @@ __device__ __forceinline__ void multiply_items(Block<S> block, Slice<S>& input, 
           fetched.advance();
         }
       } else {
-        if (lane == 0)
-          while (load_acquire(block.counters->ready + input_of) < block.gate_up_items()) {
-          }
+        if (lane == 0) block.wait_for_gate_up(input_of);
         __syncwarp();
         input.load(
             k_tiles,

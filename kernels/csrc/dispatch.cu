@@ -3,12 +3,11 @@
 #include <string>
 
 #include "dispatch.h"
-#include "layer.cuh"
 
 namespace mxfp4_sm120 {
 namespace {
 
-// Counters first (zeroed once by the caller, afterwards theirs who count), then what each call overwrites.
+// Counters first (zeroed once by the caller, then kept by the kernels), then what each call overwrites.
 struct Carver {
   uint8_t* base;
   int64_t at = 0;

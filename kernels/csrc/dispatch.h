@@ -7,12 +7,12 @@ namespace mxfp4_sm120 {
 constexpr int DECODE_MAX_TOKENS = 16;  // two n8 column tiles
 
 struct DecodeCounters {
-  int ready[256];  // [MAX_EXPERTS] gate-up items finished, per active expert
-  int taken[2];    // items that blocks have taken, of gate-up and of down
+  int ready[MAX_EXPERTS];  // gate-up items finished, per active expert
+  int taken[2];            // items that blocks have taken, of gate-up and of down
 };
 struct DecodeWorkspace {
   int* arrived;              // blocks at the grid barrier, and in the highest bit whether the number of calls is odd
-  DecodeCounters* counters;  // [2] zero where the call is the next
+  DecodeCounters* counters;  // [2] this call's and, zero when it ends, the next one's, in turn
   uint16_t* act;             // bf16 [M * k, I]
   float* y;                  // fp32 [M * k, H], already weighted
 };

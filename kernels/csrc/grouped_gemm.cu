@@ -78,8 +78,8 @@ struct Shape {
   static constexpr int WEIGHT_BYTES = WARPS * TILE_BYTES, STAGE_BYTES = WEIGHT_BYTES + TOKENS * 64;
   static constexpr int RING_BYTES = STAGES * STAGE_BYTES;
   static constexpr int SOURCES = (TOKENS * 4 + THREADS - 1) / THREADS;  // token rows a thread copies 16 bytes of
-  // There is a main loop for each number of n8 tiles above this, and for each even one below.
-  static constexpr int EACH_FROM = TOKEN_TILES / 2;
+  // There is a main loop for each even number of n8 tiles up to this, and for each number above.
+  static constexpr int EVEN_UP_TO = TOKEN_TILES / 2;
 };
 
 template <typename S>
@@ -208,7 +208,7 @@ __device__ __forceinline__ Item item_of(int n, const Layer& p, const Tiles<S>& t
 // The n8 tiles of the main loop for so many with tokens.
 template <typename S>
 __host__ __device__ constexpr int loop_size(int token_tiles) {
-  return token_tiles > S::EACH_FROM ? token_tiles : token_tiles + token_tiles % 2;
+  return token_tiles > S::EVEN_UP_TO ? token_tiles : token_tiles + token_tiles % 2;
 }
 
 // A warp's part of an item. The last row group may have few row tiles (GPT-OSS's 90 and 180 are 11 x 8 + 2 and 22 x 8 +

@@ -17,8 +17,6 @@ constexpr int TILE_CODES = 512;
 constexpr int TILE_BYTES = 544;
 constexpr int TILE_CHUNKS = TILE_BYTES / 16;  // 16-byte copies
 
-constexpr int MAX_TOP_K = 8;
-constexpr int MAX_EXPERTS = 256;
 // SM120 gives a block 99 KB; every kernel stays within it, so that what runs on a larger card is what runs there.
 constexpr int MAX_SHARED_BYTES = 99 * 1024;
 

@@ -6,6 +6,9 @@
 
 namespace mxfp4_sm120 {
 
+constexpr int MAX_TOP_K = 8;
+constexpr int MAX_EXPERTS = 256;
+
 // The workspace's first bytes are counters, zeroed once by the caller.
 constexpr int COUNTER_BYTES = 64 * 1024;
 

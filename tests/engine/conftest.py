@@ -24,6 +24,9 @@ MAX_TOKENS = 32
 # Nothing here may reach for the network.
 ENV = {**os.environ, "HF_HUB_OFFLINE": "1", "VLLM_NO_USAGE_STATS": "1", "VLLM_ALLOW_INSECURE_SERIALIZATION": "1"}
 
+# For ranks that share a machine: by itself vLLM wants a NUMA node for each.
+ONE_OF_SEVERAL = {"VLLM_CPU_OMP_THREADS_BIND": "nobind", "OMP_NUM_THREADS": "1"}
+
 
 @dataclass(frozen=True)
 class Answers:
@@ -58,8 +61,7 @@ def generate(
     if engine.get("tensor_parallel_size", 1) * engine.get("pipeline_parallel_size", 1) == 1:
         ranks = {"VLLM_ENABLE_V1_MULTIPROCESSING": "0"}  # one process is enough, and starts in half of the time
     else:
-        # By itself vLLM wants a NUMA node for each rank.
-        ranks = {"VLLM_CPU_OMP_THREADS_BIND": "nobind", "OMP_NUM_THREADS": "1"}
+        ranks = ONE_OF_SEVERAL
     task = {"engine": engine, "prompts": prompts, "max_tokens": MAX_TOKENS, "rounds": rounds}
     task["vllm_routes"] = vllm_routes
     result = directory / "answers.json"

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 import json
-import socket
 import subprocess
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
@@ -17,9 +16,9 @@ import torch
 from safetensors.torch import save_file
 from vllm.config import CompilationMode
 
-from tests.engine.conftest import MAX_TOKENS, Answers, generate, transformers_answers
+from tests.engine.conftest import MAX_TOKENS, ONE_OF_SEVERAL, Answers, generate, transformers_answers
 from vllm_mxfp4_sm120.checkpoint import Sizes
-from vllm_mxfp4_sm120.cli.serve import Server
+from vllm_mxfp4_sm120.cli.serve import HOST, Server, free_port
 from vllm_mxfp4_sm120.memory import upcast_bytes
 from vllm_mxfp4_sm120.mxfp4 import BLOCK
 from vllm_mxfp4_sm120.selector import Choice
@@ -110,14 +109,11 @@ def test_data_and_expert_parallel(
     tiny: Path, prompts: list[list[int]], tmp_path: Path, offline: Answers, tiny_config: dict, choice: Choice
 ) -> None:
     """Two engines with half of the experts each; one has 5 prompts, the other 3."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
+    port = free_port()
 
     def answer(rank: int) -> Answers:
         env = {"VLLM_DP_SIZE": "2", "VLLM_DP_RANK": f"{rank}", "VLLM_DP_RANK_LOCAL": f"{rank}"}
-        env |= {"VLLM_DP_MASTER_IP": "127.0.0.1", "VLLM_DP_MASTER_PORT": f"{port}"}
-        env |= {"VLLM_CPU_OMP_THREADS_BIND": "nobind", "OMP_NUM_THREADS": "1"}
+        env |= {"VLLM_DP_MASTER_IP": HOST, "VLLM_DP_MASTER_PORT": f"{port}", **ONE_OF_SEVERAL}
         directory = tmp_path / f"{rank}"
         directory.mkdir()
         mine = prompts[:5] if rank == 0 else prompts[5:]
