@@ -57,7 +57,7 @@ struct Ring {
   int size, stage = 0, parity = 0;
   __device__ __forceinline__ void init(int fillers, int users) const {
     for (int s = 0; s < size; ++s) {
-      mbar_init(bars + s * 16, fillers);
+      if (fillers > 0) mbar_init(bars + s * 16, fillers);
       mbar_init(bars + s * 16 + 8, users);
     }
   }
@@ -80,7 +80,7 @@ struct Shape {
   static constexpr int MAIN = MAIN_, REDUCERS = REDUCERS_, EACH = EACH_, STAGES = STAGES_, RING = RING_, NT = NT_;
   static constexpr int ROWS = ROWS_, TOKENS = 8 * NT;
   static constexpr int COPIER = MAIN + REDUCERS, FETCHER = COPIER + 1, THREADS = 32 * (COPIER + 1 + (ROWS > 0));
-  static constexpr int SUM_THREADS = 32 * (MAIN + REDUCERS);  // those who make sums and those who add them up
+  static constexpr int SUM_THREADS = 32 * (MAIN + 1);  // those who make an item's sums and who adds them up
   static constexpr int STAGE_TILES = MAIN * EACH, STAGE_BYTES = STAGE_TILES * TILE_BYTES;
   static constexpr int MAX_K = STAGES * STAGE_TILES * TILE;
   // Shared memory: weights, activations, two buffers of sums (so that adding up and multiplying overlap), barriers, the
@@ -100,6 +100,42 @@ __device__ __forceinline__ void clear_routing(RoutingTable<TOKENS>& rt) {
     reinterpret_cast<uint32_t*>(rt.slot)[i] = ~0u;
 }
 
+// Most of a GEMM's items are dealt, to each block `count` in two runs. The others are for whoever comes first.
+struct Deal {
+  int count, first_run;
+  __device__ __forceinline__ explicit Deal(int items) {
+    const int each = items / gridDim.x;
+    count = max(0, each - 2 - each / 12);
+    first_run = count / 2;
+  }
+  __device__ __forceinline__ int item(int turn) const {
+    const int block = blockIdx.x, blocks = gridDim.x;
+    return turn < first_run ? block * first_run + turn
+                            : blocks * first_run + block * (count - first_run) + turn - first_run;
+  }
+};
+
+// Of one token, whose j-th expert lane j has: the weights of this block's first item, into L2, while the others hear of
+// the routing.
+__device__ __forceinline__ void prefetch_first_item(const MoeArgs& args, int expert, int lane) {
+  int active = 0, place = 0;
+#pragma unroll
+  for (int j = 0; j < MAX_TOP_K; ++j) {
+    const int other = __shfl_sync(~0u, expert, j);
+    active += other >= 0;
+    place += other >= 0 && other < expert;
+  }
+  const int row_tiles = 2 * args.I / TILE, item_bytes = args.H / TILE * TILE_BYTES;
+  const Deal deal(active * row_tiles);
+  const int n = deal.item(0);
+  const uint32_t has = __ballot_sync(~0u, expert >= 0 && place == n / row_tiles);
+  if (deal.count == 0 || has == 0) return;
+  expert = __shfl_sync(~0u, expert, __ffs(has) - 1);
+  const uint8_t* src = args.w13 + (static_cast<int64_t>(expert) * row_tiles + n % row_tiles) * item_bytes;
+  for (int at = lane * 128; at < item_bytes; at += 32 * 128)
+    prefetch_to_l2(src + at);
+}
+
 template <int TOKENS>
 __device__ __forceinline__ void build_routing(const MoeArgs& args, RoutingTable<TOKENS>& rt, int warp, int lane) {
   const int warps = blockDim.x / 32, words = (args.local_experts + 31) / 32;
@@ -109,6 +145,7 @@ __device__ __forceinline__ void build_routing(const MoeArgs& args, RoutingTable<
       rt.choice[token][lane] = c.expert;
       rt.weight[token][lane] = c.weight;
     }
+    if (args.M == 1) prefetch_first_item(args, c.expert, lane);
     if (c.expert >= 0) atomicOr(&rt.active_mask[c.expert >> 5], 1u << (c.expert & 31));
   }
   __syncthreads();
@@ -218,13 +255,11 @@ struct Block {
   __device__ __forceinline__ void init() const {
     weights.init(COPYING_LANES, S::MAIN);
     acts.init(COPYING_LANES, S::MAIN);
-    sums.init(S::MAIN, S::REDUCERS);
+    sums.init(0, 1);
     items.ring.init(1, S::MAIN + S::REDUCERS + (S::ROWS > 0));
     mbar_init_fence();
   }
-  __device__ __forceinline__ int pairs() const { return (args.M + 1) / 2; }  // of tokens: a reducer's activations
-  // Of an expert, as the reducers count them.
-  __device__ __forceinline__ int gate_up_items() const { return 2 * args.I / TILE * min(pairs(), S::REDUCERS); }
+  __device__ __forceinline__ int gate_up_items() const { return 2 * args.I / TILE; }  // of an expert
   __device__ __forceinline__ void wait_for_gate_up(int active) const {
     while (load_acquire(counters->ready + active) < gate_up_items()) {
     }
@@ -268,31 +303,29 @@ struct Slice {
 
 __device__ __forceinline__ uint4 read_global(const uint8_t* at) { return __ldcg(reinterpret_cast<const uint4*>(at)); }
 
-// The copier's work: choose the block's items, and copy their weights, a stage after another. Most of a GEMM's items
-// are dealt, in two runs; the last ones are for whoever comes first, since multiprocessors don't get weights equally
-// fast. So the first experts' activations are finished when down begins with these.
+// The copier's work: choose the block's items, and copy their weights, a stage after another. The last items of a GEMM
+// are for whoever comes first, since multiprocessors don't get weights equally fast. So the first experts' activations
+// are finished when down begins with these.
 template <typename S>
 __device__ __forceinline__ void copy_weights(Block<S> block, int lane) {
   const MoeArgs& args = block.args;
   Ring& ring = block.weights;
-  const int blocks = gridDim.x;
 #pragma unroll 1
   for (int down = 0; down < 2; ++down) {
     const int row_tiles = (down ? args.H : 2 * args.I) / TILE,
               item_bytes = (down ? args.I : args.H) / TILE * TILE_BYTES;
-    const int count = block.rt.count * row_tiles, each = count / blocks;
-    const int dealt = max(0, each - 2 - each / 12), first_run = dealt / 2;
-    int n = blockIdx.x * first_run;
+    const int count = block.rt.count * row_tiles;
+    const Deal deal(count);
 #pragma unroll 1
-    for (int turn = 0;; ++turn, ++n) {
-      if (turn == first_run) n = blocks * first_run + blockIdx.x * (dealt - first_run);
-      if (turn >= dealt) {
-        if (lane == 0) n = blocks * dealt + atomicAdd(block.counters->taken + down, 1);
+    for (int turn = 0;; ++turn) {
+      int n = deal.item(turn);
+      if (turn >= deal.count) {
+        if (lane == 0) n = gridDim.x * deal.count + atomicAdd(block.counters->taken + down, 1);
         n = __shfl_sync(~0u, n, 0);
         if (n >= count) break;
       }
       const int active = n / row_tiles, row_tile = n - active * row_tiles;
-      const bool last = turn + 1 == first_run || turn + 1 >= dealt || row_tile + 1 == row_tiles;
+      const bool last = turn + 1 == deal.first_run || turn + 1 >= deal.count || row_tile + 1 == row_tiles;
       block.items.put(Item::of(down, active, row_tile, last), lane);
       const uint8_t* src = (down ? args.w2 : args.w13) +
                            (static_cast<int64_t>(block.rt.expert[active]) * row_tiles + row_tile) * item_bytes;
@@ -434,32 +467,44 @@ __device__ __forceinline__ void reduce_items(Block<S> block, int reducer, int la
   const DecodeWorkspace& ws = block.ws;
   const auto& rt = block.rt;
   Ring& sums = block.sums;
-  // This lane's bias of an item: gate's and up's of one output, or one row's. Fetched an item ahead: under the load
-  // of the weights a single value takes as long as an item.
+  // This lane's bias of an item: gate's and up's of one output, or one row's. Fetched before its sums are there:
+  // under the load of the weights a single value takes as long as an item.
   auto bias_of = [&](Item item) -> uint32_t {
     const void* const bias = item.down() ? args.w2_bias : args.w13_bias;
-    if (bias == nullptr || !item.exists()) return 0;
+    if (bias == nullptr) return 0;
     const int row_tiles = (item.down() ? args.H : 2 * args.I) / TILE;
     const int64_t row = (static_cast<int64_t>(rt.expert[item.active()]) * row_tiles + item.row_tile()) * TILE;
     if (item.down()) return static_cast<const uint16_t*>(bias)[row + lane];
     return static_cast<const uint32_t*>(bias)[row / 2 + lane % 16];
   };
-  Item next = block.items.get(lane);
-  uint32_t next_bias = bias_of(next);
-  int finished = 0;  // items whose activations this warp has written and not yet made known
+  // Items of an expert whose activations this warp has written and not yet made known.
+  int finished = 0, expert = 0;
+  auto make_known_if_last = [&](Item item) {
+    if (finished == 0 || !item.last()) return;
+    if (lane == 0) add_release(block.counters->ready + expert, finished);
+    finished = 0;
+  };
+  // Reducers take turns, so that none is late because it had to make something known.
+  auto item_after = [&](int others) {
+    Item item = block.items.get(lane);
+    for (; others > 0 && item.exists(); --others) {
+      make_known_if_last(item);
+      item = block.items.get(lane);
+      sums.advance();
+    }
+    return item;
+  };
 #pragma unroll 1
-  while (next.exists()) {
-    const Item item = next;
+  for (Item item = item_after(reducer); item.exists(); item = item_after(S::REDUCERS - 1)) {
     const int a = item.active(), row_tile = item.row_tile();
-    const float2 bias = unpack_bf16x2(next_bias);
+    const uint32_t packed_bias = bias_of(item);
     barrier_wait(SUMS_FULL + sums.stage, S::SUM_THREADS);
-    next = block.items.get(lane);
-    next_bias = bias_of(next);
+    const float2 bias = unpack_bf16x2(packed_bias);
     const float* const parts = block.sum_buffer();
     if (!item.down()) {
       const int j = lane % 16;
-      for (int pair = reducer; pair < block.pairs(); pair += S::REDUCERS) {
-        const int token = pair * 2 + lane / 16, slot = token < args.M ? rt.slot[a][token] : -1;
+      for (int token = lane / 16; token < args.M; token += 2) {
+        const int slot = rt.slot[a][token];
         if (slot < 0) continue;
         float gate = 0.f, up = 0.f;
 #pragma unroll
@@ -474,7 +519,7 @@ __device__ __forceinline__ void reduce_items(Block<S> block, int reducer, int la
             __bfloat16_as_ushort(__float2bfloat16_rn(v));
       }
     } else {
-      for (int token = reducer; token < args.M; token += S::REDUCERS) {
+      for (int token = 0; token < args.M; ++token) {
         const int slot = rt.slot[a][token];
         if (slot < 0) continue;
         float v = 0.f;
@@ -490,10 +535,8 @@ __device__ __forceinline__ void reduce_items(Block<S> block, int reducer, int la
     sums.advance();
     if (item.down()) continue;
     ++finished;
-    if (item.last()) {
-      if (lane == 0 && reducer < block.pairs()) add_release(block.counters->ready + a, finished);
-      finished = 0;
-    }
+    expert = a;
+    make_known_if_last(item);
   }
 }
 

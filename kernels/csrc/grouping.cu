@@ -19,17 +19,19 @@ constexpr int FUSED_MAX_TOKENS = 64;
 // GEMMs' two, so that they start early and spread over many multiprocessors instead of filling the first to come free.
 constexpr int SPREAD_BYTES = 16 * 1024;
 
+// A token's choices; their weights too, if wanted.
+__device__ __forceinline__ void route_into(int* experts, float* weights, const MoeArgs& args, int token, int lane) {
+  const Choice c = route_token(args, token, lane, /*merge=*/false);
+  if (lane >= args.top_k) return;
+  experts[token * args.top_k + lane] = c.expert;
+  if (weights != nullptr) weights[token * args.top_k + lane] = c.weight;
+}
+
 __global__ void __launch_bounds__(256) route(const MoeArgs args, const GroupedWorkspace ws) {
   wait_for_previous_kernel();
   let_next_kernel_start();
   const int token = blockIdx.x * 8 + threadIdx.x / 32, lane = threadIdx.x % 32;
-  if (token < args.M) {
-    const Choice c = route_token(args, token, lane, /*merge=*/false);
-    if (lane < args.top_k) {
-      ws.expert[token * args.top_k + lane] = c.expert;
-      ws.weight[token * args.top_k + lane] = c.weight;
-    }
-  }
+  if (token < args.M) route_into(ws.expert, ws.weight, args, token, lane);
 }
 
 // Block e finds expert e's slots by itself: how many belong to lower experts says where its run begins. A warp owns
@@ -42,12 +44,8 @@ __global__ void __launch_bounds__(32 * GROUP_WARPS) group_slots(const MoeArgs ar
   let_next_kernel_start();
   const int e = blockIdx.x, warp = threadIdx.x / 32, lane = threadIdx.x % 32, warps = blockDim.x / 32;
   if (FUSED) {
-    for (int token = warp; token < args.M; token += warps) {
-      const Choice c = route_token(args, token, lane, /*merge=*/false);
-      if (lane >= args.top_k) continue;
-      routed[token * args.top_k + lane] = c.expert;
-      if (e == 0) ws.weight[token * args.top_k + lane] = c.weight;
-    }
+    for (int token = warp; token < args.M; token += warps)
+      route_into(routed, e == 0 ? ws.weight : nullptr, args, token, lane);
     __syncthreads();
   }
   const int* const expert_of = FUSED ? routed : ws.expert;

@@ -80,6 +80,9 @@ __device__ __forceinline__ void mbar_init_fence() {
 #endif
 }
 
+// The 128 bytes at `p`.
+__device__ __forceinline__ void prefetch_to_l2(const void* p) { asm volatile("prefetch.global.L2 [%0];" ::"l"(p)); }
+
 // ---- programmatic dependent launch (nothing before sm_90) ----
 __device__ __forceinline__ void wait_for_previous_kernel() {
 #if __CUDA_ARCH__ >= 900

@@ -44,6 +44,7 @@ inline void bulk_copy(uint32_t dst, const void* src, uint32_t bytes, uint32_t ba
   if (!emu::late_copies) std::memcpy(copy.to, copy.from, bytes);  // and once more when it lands, which changes nothing
   emu::mbarrier(bar).copies.push_back(copy);
 }
+inline void prefetch_to_l2(const void*) {}
 inline void wait_for_previous_kernel() {}
 inline void let_next_kernel_start() {}
 
