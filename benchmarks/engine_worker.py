@@ -8,13 +8,16 @@ from __future__ import annotations
 import torch
 from torch.profiler import ProfilerActivity
 
-# vLLM resets torch's peak once the weights are loaded, before anyone could ask for it: what it was before each reset.
+# vLLM resets torch's peaks once the weights are loaded, before anyone could ask for them: what they were before each
+# reset, of memory in use, and of that together with what torch keeps for itself.
 peaks: list[int] = []
+reserved: list[int] = []
 reset = torch.cuda.reset_peak_memory_stats
 
 
 def keep_and_reset(device: torch.device | int | None = None) -> None:
     peaks.append(torch.cuda.max_memory_allocated(device))
+    reserved.append(torch.cuda.max_memory_reserved(device))
     reset(device)
 
 
@@ -29,7 +32,11 @@ class Watch:
         if not torch.cuda.is_available():
             return {}
         free, total = torch.cuda.mem_get_info()
-        memory = {"peak GiB while loading": max(peaks, default=0), "GiB in use": total - free}
+        memory = {
+            "peak GiB while loading": max(peaks, default=0),
+            "with torch's reserve": max(reserved, default=0),
+            "GiB in use": total - free,
+        }
         if hasattr(self, "total_consumed"):  # not measured by vLLM where the size of the KV cache was given
             memory["GiB before the KV cache"] = self.total_consumed + self.peak_activation_memory
         return {name: value / 2**30 for name, value in memory.items()}

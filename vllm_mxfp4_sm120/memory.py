@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import logging
 import os
+import re
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 import torch
 
@@ -49,6 +52,33 @@ def warn_upcast(shape: MoEShape) -> None:
     needed, free = upcast_bytes(shape), free_bytes()
     if needed > free:
         logger.warning("upcasting a layer's experts takes %s bytes and only %s are free", f"{needed:,}", f"{free:,}")
+
+
+@contextmanager
+def reused_blocks() -> Iterator[None]:
+    """Let torch use freed CUDA memory again while a layer's weights are rearranged, as it does by default.
+
+    vLLM loads under max_split_size_mb:20. Torch's allocator then takes a new block of 20 MiB for whatever has 1 to 10,
+    and once that is free, uses it for nothing smaller than itself: one expert's temporaries after the other's, until
+    the GPU is full (125 GiB of an H200 were seen).
+    """
+    if not torch.cuda.is_available() or torch.cuda.get_allocator_backend() != "native":
+        yield
+        return
+    settings = _allocator_settings()
+    others = re.sub(r",?\s*max_split_size_mb:\d+", "", settings).lstrip(", ")
+    torch._C._accelerator_setAllocatorSettings(others)
+    try:
+        yield
+    finally:
+        torch._C._accelerator_setAllocatorSettings(settings)
+
+
+def _allocator_settings() -> str:
+    """All of them, for the setter resets what it isn't told."""
+    if hasattr(torch._C, "_accelerator_getAllocatorSettings"):
+        return torch._C._accelerator_getAllocatorSettings()
+    return torch.cuda.memory._snapshot()["allocator_settings"]["PYTORCH_CUDA_ALLOC_CONF"]
 
 
 def configure_torch() -> None:

@@ -105,3 +105,24 @@ def test_a_cpu_build_is_left_alone(cuda_build, monkeypatch):
     monkeypatch.setattr(torch.version, "cuda", None)
     memory.configure_torch()
     assert settings() == {}
+
+
+@pytest.mark.parametrize(
+    ("settings", "meanwhile"),
+    [
+        ("max_split_size_mb:20", ""),
+        ("expandable_segments:True,max_split_size_mb:20", "expandable_segments:True"),
+        ("max_split_size_mb:20, roundup_power2_divisions:[256:1,>:2]", "roundup_power2_divisions:[256:1,>:2]"),
+    ],
+)
+def test_freed_blocks_are_used_again_for_a_while(monkeypatch, settings, meanwhile):
+    """What vLLM set is set again afterwards, also after an error, and other settings never go."""
+    told = []
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_allocator_backend", lambda: "native")
+    monkeypatch.setattr(torch._C, "_accelerator_getAllocatorSettings", lambda: settings, raising=False)
+    monkeypatch.setattr(torch._C, "_accelerator_setAllocatorSettings", told.append, raising=False)
+    with pytest.raises(ZeroDivisionError), memory.reused_blocks():
+        assert told == [meanwhile]
+        1 / 0  # noqa: B018
+    assert told == [meanwhile, settings]

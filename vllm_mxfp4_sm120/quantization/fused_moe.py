@@ -17,6 +17,7 @@ from vllm.model_executor.utils import set_weight_attrs
 from vllm_mxfp4_sm120 import mxfp4, selector
 from vllm_mxfp4_sm120.backends.base import Backend
 from vllm_mxfp4_sm120.checkpoint import check_scales
+from vllm_mxfp4_sm120.memory import reused_blocks
 from vllm_mxfp4_sm120.moe import Activation, MoEShape, MoEWeights
 from vllm_mxfp4_sm120.platform import Machine
 
@@ -112,7 +113,8 @@ class Mxfp4Sm120MoEMethod(FusedMoEMethodBase):
         for name in LOADED:
             if hasattr(layer, name):
                 delattr(layer, name)
-        prepared = self.backend.prepare(weights)
+        with reused_blocks():
+            prepared = self.backend.prepare(weights)
         self.prepared = {}
         for name, tensor in prepared.items():
             self.prepared[name] = torch.nn.Parameter(tensor, requires_grad=False)
