@@ -60,7 +60,7 @@ def reused_blocks() -> Iterator[None]:
 
     vLLM loads under max_split_size_mb:20. Torch's allocator then takes a new block of 20 MiB for whatever has 1 to 10,
     and once that is free, uses it for nothing smaller than itself: one expert's temporaries after the other's, until
-    the GPU is full (125 GiB of an H200 were seen).
+    the GPU is full (125 GiB of an H200 were seen). Expandable segments know no such blocks.
     """
     if not torch.cuda.is_available() or torch.cuda.get_allocator_backend() != "native":
         yield
