@@ -62,7 +62,8 @@ def reused_blocks() -> Iterator[None]:
     and once that is free, uses it for nothing smaller than itself: one expert's temporaries after the other's, until
     the GPU is full (125 GiB of an H200 were seen). Expandable segments know no such blocks.
     """
-    if not torch.cuda.is_available() or torch.cuda.get_allocator_backend() != "native":
+    changeable = hasattr(torch._C, "_accelerator_setAllocatorSettings")  # not a public name, but what vLLM calls, too
+    if not changeable or not torch.cuda.is_available() or torch.cuda.get_allocator_backend() != "native":
         yield
         return
     settings = _allocator_settings()
