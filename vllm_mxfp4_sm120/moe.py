@@ -5,7 +5,7 @@ Every backend computes what `reference` computes; `reference` runs in any floati
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from enum import StrEnum
 
 import torch
@@ -87,6 +87,10 @@ class MoEWeights:
             torch.zeros(shape.local_experts, 2 * i, dtype=torch.bfloat16, device=device) if bias else None,
             torch.zeros(shape.local_experts, h, dtype=torch.bfloat16, device=device) if bias else None,
         )
+
+    def clone(self) -> MoEWeights:
+        """A copy, for `prepare` consumes its weights."""
+        return replace(self, **{name: tensor.clone() for name, tensor in vars(self).items() if tensor is not None})
 
 
 def topk_softmax(router_logits: Tensor, top_k: int) -> tuple[Tensor, Tensor]:

@@ -121,8 +121,9 @@ def solve(backend: type[Backend], shape: MoEShape, device: torch.device | str) -
             expert_map = torch.full((shape.num_experts,), -1, dtype=torch.int32, device=device)
             expert_map[1::2] = torch.arange(shape.local_experts, dtype=torch.int32, device=device)
         layer = backend(shape)
-        prepared = layer.prepare(random_weights(shape, device))
-        weights = random_weights(shape, device)  # the same again: prepare may have consumed its own
+        loaded = random_weights(shape, device)
+        weights = loaded.clone()
+        prepared = layer.prepare(loaded)
         router, bias = random_router(shape, device)
         for tokens in TOKENS if torch.device(device).type == "cuda" else TOKENS[:2]:
             x, logits = random_inputs(shape, tokens, device)

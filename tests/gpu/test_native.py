@@ -46,11 +46,6 @@ def random_weights(shape: MoEShape, low: int = 118, high: int = 124, seed: int =
     return weights
 
 
-def copied(weights: MoEWeights) -> MoEWeights:
-    """`prepare` consumes its weights; the reference still needs them."""
-    return MoEWeights(**{name: None if tensor is None else tensor.clone() for name, tensor in vars(weights).items()})
-
-
 def inputs(shape: MoEShape, tokens: int, seed: int = 1) -> tuple[Tensor, Tensor]:
     generator = torch.Generator("cuda").manual_seed(seed)
     x = torch.randn(tokens, shape.hidden_size, device="cuda", generator=generator).bfloat16()
@@ -67,7 +62,7 @@ class Layer:
     def __init__(self, shape: MoEShape, weights: MoEWeights | None = None) -> None:
         self.shape, self.weights = shape, weights or random_weights(shape)
         self.backend = Native(shape)
-        self.prepared = self.backend.prepare(copied(self.weights))
+        self.prepared = self.backend.prepare(self.weights.clone())
 
     def __call__(self, x: Tensor, logits: Tensor) -> Tensor:
         return self.backend.forward_logits(self.prepared, x, logits)
@@ -296,7 +291,7 @@ def test_ranks_sum_to_the_whole(layer: Layer, tokens: int, ranks: int):
         expert_map[mine] = torch.arange(len(mine), dtype=torch.int32, device="cuda")
         weights = MoEWeights(**{name: None if t is None else t[mine] for name, t in vars(layer.weights).items()})
         part = Native(replace(layer.shape, local_experts=len(mine)))
-        prepared = part.prepare(copied(weights))
+        prepared = part.prepare(weights.clone())
         expected = reference(weights, x, ids, gates, expert_map=expert_map, activation_dtype=torch.bfloat16)
         for out in (
             part.forward_logits(prepared, x, logits, expert_map),
