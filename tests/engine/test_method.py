@@ -11,6 +11,7 @@ import torch
 from vllm.config import CUDAGraphMode, VllmConfig, set_current_vllm_config
 from vllm.distributed import parallel_state
 from vllm.model_executor.layers.fused_moe import RoutedExperts
+from vllm.model_executor.layers.fused_moe.config import RoutingMethodType
 from vllm.model_executor.layers.fused_moe.router.gate_linear import GateLinear
 from vllm.model_executor.layers.quantization import get_quantization_config
 
@@ -203,3 +204,18 @@ def test_a_compiled_model_asks_the_backend_of_the_day(monkeypatch: pytest.Monkey
     router.quant_method.backend = Routes(SHAPE)
     with torch.compiler.set_stance("fail_on_recompile"):
         torch.testing.assert_close(compiled(x), plain + 1)
+
+
+@pytest.mark.parametrize(
+    ("method", "changed", "routes"),
+    [
+        (RoutingMethodType.Renormalize, False, True),
+        (RoutingMethodType.Renormalize, True, False),
+        (RoutingMethodType.TopK, False, False),
+    ],
+)
+def test_who_routes(method: RoutingMethodType, changed: bool, routes: bool) -> None:
+    """The backend, unless the routing isn't GPT-OSS's, or vLLM says that it changes routes after routing."""
+    moe = SimpleNamespace(routing_method=method, require_decomposed_backend=changed)
+    with set_current_vllm_config(VllmConfig()):
+        assert fused_moe.Mxfp4Sm120MoEMethod(moe).is_monolithic is routes  # type: ignore[arg-type]

@@ -51,9 +51,11 @@ class Mxfp4Sm120MoEMethod(FusedMoEMethodBase):
 
     def __init__(self, moe: FusedMoEConfig) -> None:
         super().__init__(moe)
-        # Returning the routing to the user needs vLLM's own router; so does any routing but GPT-OSS's.
-        returns_routing = get_current_vllm_config().aux_output_config.enable_return_routed_experts
-        self.routes = moe.routing_method in ROUTED_BY_BACKEND and not returns_routing
+        # vLLM's own router is needed to return the routing to the user, for any routing but GPT-OSS's, and where vLLM
+        # (from 0.33 on) changes routes between router and experts.
+        returned = get_current_vllm_config().aux_output_config.enable_return_routed_experts
+        changed = getattr(moe, "require_decomposed_backend", False)
+        self.routes = moe.routing_method in ROUTED_BY_BACKEND and not returned and not changed
 
     @property
     def is_monolithic(self) -> bool:
