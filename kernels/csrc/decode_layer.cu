@@ -259,9 +259,8 @@ struct Block {
     items.ring.init(1, S::MAIN + S::REDUCERS + (S::ROWS > 0));
     mbar_init_fence();
   }
-  __device__ __forceinline__ int gate_up_items() const { return 2 * args.I / TILE; }  // of an expert
   __device__ __forceinline__ void wait_for_gate_up(int active) const {
-    while (load_acquire(counters->ready + active) < gate_up_items()) {
+    while (load_acquire(counters->ready + active) < 2 * args.I / TILE) {  // an expert's items
     }
   }
   __device__ __forceinline__ float* sum_buffer() const {
@@ -477,11 +476,11 @@ __device__ __forceinline__ void reduce_items(Block<S> block, int reducer, int la
     if (item.down()) return static_cast<const uint16_t*>(bias)[row + lane];
     return static_cast<const uint32_t*>(bias)[row / 2 + lane % 16];
   };
-  // Items of an expert whose activations this warp has written and not yet made known.
-  int finished = 0, expert = 0;
+  // Items, of one active expert, whose activations this warp has written and not yet made known.
+  int finished = 0, finished_of = 0;
   auto make_known_if_last = [&](Item item) {
     if (finished == 0 || !item.last()) return;
-    if (lane == 0) add_release(block.counters->ready + expert, finished);
+    if (lane == 0) add_release(block.counters->ready + finished_of, finished);
     finished = 0;
   };
   // Reducers take turns, so that none is late because it had to make something known.
@@ -535,7 +534,7 @@ __device__ __forceinline__ void reduce_items(Block<S> block, int reducer, int la
     sums.advance();
     if (item.down()) continue;
     ++finished;
-    expert = a;
+    finished_of = a;
     make_known_if_last(item);
   }
 }

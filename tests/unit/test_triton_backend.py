@@ -26,10 +26,12 @@ torch.set_num_threads(1)
 
 def check(shape, tokens, expert_map=None, ids=torch.int32):
     layer = Triton(shape)
-    prepared = layer.prepare(random_weights(shape, "cpu"))
+    loaded = random_weights(shape, "cpu")
+    weights = loaded.clone()
+    prepared = layer.prepare(loaded)
     x, logits = random_inputs(shape, tokens, "cpu")
     topk_ids, topk_weights = topk_softmax(logits, shape.top_k)
-    expected = reference(random_weights(shape, "cpu"), x, topk_ids, topk_weights, shape.activation, expert_map)
+    expected = reference(weights, x, topk_ids, topk_weights, shape.activation, expert_map)
     routed = layer.forward(prepared, x, topk_ids.to(ids), topk_weights, expert_map)
     unrouted = layer.forward_logits(prepared, x, logits, expert_map)
     for answer in (routed, unrouted):
