@@ -106,6 +106,25 @@ def test_call_after_call(library: ctypes.CDLL):
         assert torch.equal(layer(x, logits, config, workspace=workspace), alone[config]), CONFIGS[config]
 
 
+@pytest.mark.parametrize("blocks", [1, 2, 5, 17, 40])
+@pytest.mark.parametrize("library", [SM_80, SM_90], indirect=True, ids=["sm_80", "sm_90"])
+def test_one_token(library: ctypes.CDLL, blocks: int):
+    """More or fewer blocks than there is work for; call after call; all of its experts here, some, none."""
+    shape = MoEShape(8, 8, 160, 96, 3)
+    weights = proof.random_weights(shape, "cpu")
+    layer = Emulated(library, shape, weights)
+    workspace = layer.workspace(1)
+    everywhere = torch.arange(8, dtype=torch.int32)
+    for seed, here in enumerate((everywhere >= 0, everywhere % 2 == 0, everywhere < 0, everywhere >= 0)):
+        x, logits = inputs(shape, 1, seed)
+        expert_map = torch.where(here, everywhere, -1)
+        library.emulate(blocks, seed % 2 == 0, seed)
+        out = layer(x, logits, 0, expert_map, workspace)
+        ids, gates = topk_softmax(logits, shape.top_k)
+        expected = reference(weights, x, ids, gates, shape.activation, expert_map, activation_dtype=torch.bfloat16)
+        assert (out.double() - expected).norm() <= TOLERANCE_OF_FEW * expected.norm(), seed
+
+
 @KERNELS_AND_CARDS
 def test_a_poisoned_token_stays_alone(library: ctypes.CDLL, config: int):
     shape = MoEShape(4, 4, 64, 96, 2)
