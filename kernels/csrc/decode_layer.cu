@@ -4,7 +4,7 @@
 // A persistent grid, one block per multiprocessor. An item is 32 weight rows of one active expert; a block works on
 // some of gate-up, then on some of down. Its warps have four trades. The copier chooses items and copies their weights
 // into a ring of stages, each a stretch of an item's K. The main warps share every stage, so each has the same slice of
-// K of all items, and multiply. Reducers add the slices up, apply bias and activation, and write. The fetcher brings
+// K of all items, and multiply. Reducers add the slices up, apply bias and activation, and write. Fetchers bring
 // activations as soon as they are there. Main warps so hardly wait for anything but weights, and the ring runs ahead
 // over the seam between the two GEMMs: down-projection weights are in flight while the last activations are still being
 // made.
@@ -13,8 +13,9 @@
 // expert costs nothing that matters here (the tensor cores idle) and is ignored afterwards. A warp's slice of the input
 // stays in its registers for as long as it is the input: the whole of gate-up, and one expert's items of down.
 //
-// Results meet in fp32 in the workspace; after a grid barrier every output is summed in slot order: same bits every
-// run.
+// Blocks hand each other activations, and results in fp32, through the workspace. Each value says by itself whether it
+// is there (DecodeExchange), so nobody needs a fence, a counter or a barrier of the grid to know. Every output is
+// summed in slot order: same bits every run.
 #include <algorithm>
 #include <climits>
 
@@ -79,7 +80,8 @@ template <int MAIN_, int REDUCERS_, int EACH_, int STAGES_, int RING_, int NT_, 
 struct Shape {
   static constexpr int MAIN = MAIN_, REDUCERS = REDUCERS_, EACH = EACH_, STAGES = STAGES_, RING = RING_, NT = NT_;
   static constexpr int ROWS = ROWS_, TOKENS = 8 * NT;
-  static constexpr int COPIER = MAIN + REDUCERS, FETCHER = COPIER + 1, THREADS = 32 * (COPIER + 1 + (ROWS > 0));
+  static constexpr int COPIER = MAIN + REDUCERS, FETCHER = COPIER + 1, FETCHERS = ROWS;  // a row each
+  static constexpr int THREADS = 32 * (FETCHER + FETCHERS);
   static constexpr int SUM_THREADS = 32 * (MAIN + 1);  // those who make an item's sums and who adds them up
   static constexpr int STAGE_TILES = MAIN * EACH, STAGE_BYTES = STAGE_TILES * TILE_BYTES;
   static constexpr int MAX_K = STAGES * STAGE_TILES * TILE;
@@ -105,7 +107,7 @@ struct Deal {
   int count, first_run;
   __device__ __forceinline__ explicit Deal(int items) {
     const int each = items / gridDim.x;
-    count = max(0, each - 2 - each / 12);
+    count = max(0, each - 1);
     first_run = count / 2;
   }
   __device__ __forceinline__ int item(int turn) const {
@@ -175,15 +177,14 @@ __device__ __forceinline__ void build_routing(const MoeArgs& args, RoutingTable<
 // What a block works on next: 32 rows of one active expert.
 struct Item {
   int word;
-  __device__ __forceinline__ static Item of(bool down, int active, int row_tile, bool last) {
-    return {row_tile | active << 16 | down << 28 | last << 29};
+  __device__ __forceinline__ static Item of(bool down, int active, int row_tile) {
+    return {row_tile | active << 16 | down << 28};
   }
   __device__ __forceinline__ static Item none() { return {-1}; }
   __device__ __forceinline__ bool exists() const { return word >= 0; }
   __device__ __forceinline__ int row_tile() const { return word & 0xffff; }
   __device__ __forceinline__ int active() const { return word >> 16 & 0xfff; }  // place among the active experts
   __device__ __forceinline__ bool down() const { return word >> 28 & 1; }
-  __device__ __forceinline__ bool last() const { return word >> 29 & 1; }  // of those made known together
 };
 
 // The items that the copier has chosen, for the other warps.
@@ -235,7 +236,7 @@ template <typename S>
 struct Block {
   const MoeArgs& args;
   const DecodeWorkspace& ws;
-  DecodeCounters* counters = nullptr;  // this call's
+  DecodeExchange* exchange = nullptr;  // this call's
   uint8_t* smem;
   RoutingTable<S::TOKENS>& rt;
   Ring weights;
@@ -254,19 +255,22 @@ struct Block {
         items{{sums.bars + S::SUM_BUFFERS * 16, ITEMS_AHEAD}, reinterpret_cast<int*>(smem + S::ITEMS)} {}
   __device__ __forceinline__ void init() const {
     weights.init(COPYING_LANES, S::MAIN);
-    acts.init(COPYING_LANES, S::MAIN);
+    acts.init(32, S::MAIN);
     sums.init(0, 1);
-    items.ring.init(1, S::MAIN + S::REDUCERS + (S::ROWS > 0));
+    items.ring.init(1, S::MAIN + S::REDUCERS + S::FETCHERS);
     mbar_init_fence();
   }
-  __device__ __forceinline__ void wait_for_gate_up(int active) const {
-    while (load_acquire(counters->ready + active) < 2 * args.I / TILE) {  // an expert's items
-    }
+  __device__ __forceinline__ uint16_t* act(int token, int slot) const {
+    return exchange->act + static_cast<int64_t>(token * args.top_k + slot) * args.I;
   }
   __device__ __forceinline__ float* sum_buffer() const {
     return reinterpret_cast<float*>(smem + S::SUMS) + sums.stage * S::SUM_FLOATS;
   }
 };
+
+// Eight activations as blocks exchange them, and whether all of them are there.
+__device__ __forceinline__ uint4 complement(uint4 v) { return {~v.x, ~v.y, ~v.z, ~v.w}; }
+__device__ __forceinline__ bool all_there(uint4 v) { return min(min(v.x, v.y), min(v.z, v.w)) != 0; }
 
 // The B operands of a main warp: its slice of an item's input, 8 values of token g (and g + 8) at each of its tiles.
 template <typename S>
@@ -280,9 +284,9 @@ struct Slice {
   __device__ __forceinline__ int count_of(int tiles) const {
     return tiles * (warp + 1) / S::MAIN - tiles * warp / S::MAIN;
   }
-  // A token's row is a pointer or an address in shared memory, 0 for none.
+  // A token's row is a pointer or an address in shared memory, 0 for none: then all its bits are those of `none`.
   template <typename RowOfToken, typename Read>
-  __device__ __forceinline__ void load(int k_tiles, RowOfToken row_of_token, Read read) {
+  __device__ __forceinline__ void load(int k_tiles, RowOfToken row_of_token, Read read, uint32_t none = 0) {
 #pragma unroll
     for (int n = 0; n < S::NT; ++n) {
       const auto row = row_of_token(8 * n + g);
@@ -292,11 +296,33 @@ struct Slice {
         const int first = c * S::STAGE_TILES + first_of(tiles);
 #pragma unroll
         for (int t = 0; t < S::EACH; ++t) {
-          b[c * S::EACH + t][n] = uint4{0, 0, 0, 0};
+          b[c * S::EACH + t][n] = uint4{none, none, none, none};
           if (row != 0 && t < count) b[c * S::EACH + t][n] = read(row + (first + t) * TILE * 2 + q * 16);
         }
       }
     }
+  }
+  // Exchanged activations, as soon as all are there. Loaded together and then looked at: an instruction between two
+  // loads would wait for the first.
+  template <typename RowOfToken>
+  __device__ __forceinline__ void load_exchanged(int k_tiles, RowOfToken row_of_token) {
+    bool missing;
+    do {
+      load(
+          k_tiles, row_of_token, [](const uint8_t* at) { return load_relaxed(reinterpret_cast<const uint4*>(at)); },
+          ~0u);
+      missing = false;
+#pragma unroll
+      for (int i = 0; i < S::STAGES * S::EACH; ++i)
+#pragma unroll
+        for (int n = 0; n < S::NT; ++n)
+          missing |= !all_there(b[i][n]);
+    } while (missing);
+#pragma unroll
+    for (int i = 0; i < S::STAGES * S::EACH; ++i)
+#pragma unroll
+      for (int n = 0; n < S::NT; ++n)
+        b[i][n] = complement(b[i][n]);
   }
 };
 
@@ -319,13 +345,12 @@ __device__ __forceinline__ void copy_weights(Block<S> block, int lane) {
     for (int turn = 0;; ++turn) {
       int n = deal.item(turn);
       if (turn >= deal.count) {
-        if (lane == 0) n = gridDim.x * deal.count + atomicAdd(block.counters->taken + down, 1);
+        if (lane == 0) n = gridDim.x * deal.count + atomicAdd(block.exchange->taken + down, 1);
         n = __shfl_sync(~0u, n, 0);
         if (n >= count) break;
       }
       const int active = n / row_tiles, row_tile = n - active * row_tiles;
-      const bool last = turn + 1 == deal.first_run || turn + 1 >= deal.count || row_tile + 1 == row_tiles;
-      block.items.put(Item::of(down, active, row_tile, last), lane);
+      block.items.put(Item::of(down, active, row_tile), lane);
       const uint8_t* src = (down ? args.w2 : args.w13) +
                            (static_cast<int64_t>(block.rt.expert[active]) * row_tiles + row_tile) * item_bytes;
 #pragma unroll 1
@@ -341,10 +366,32 @@ __device__ __forceinline__ void copy_weights(Block<S> block, int lane) {
   block.items.put(Item::none(), lane);
 }
 
-// The fetcher's work: activations of the experts to come, as soon as they are there. An expert that many tokens chose
-// is left to the main warps.
+// A row of exchanged activations into shared memory, each 16 bytes as soon as they are there.
+template <int MAX_BYTES>
+__device__ __forceinline__ void fetch_row(uint8_t* dst, const uint16_t* row, int bytes, int lane) {
+  constexpr int PIECES = (MAX_BYTES + 511) / 512;
+  const uint4* const src = reinterpret_cast<const uint4*>(row) + lane;
+  const int pieces = max(0, (bytes / 16 - lane + 31) / 32);
+  uint4 v[PIECES];
+  uint32_t left = (1u << pieces) - 1;
+#pragma unroll 1
+  do {
+#pragma unroll
+    for (int p = 0; p < PIECES; ++p)
+      if (left >> p & 1) v[p] = load_relaxed(src + 32 * p);
+#pragma unroll
+    for (int p = 0; p < PIECES; ++p)
+      if ((left >> p & 1) && all_there(v[p])) {
+        left &= ~(1u << p);
+        reinterpret_cast<uint4*>(dst)[32 * p + lane] = complement(v[p]);
+      }
+  } while (left != 0);
+}
+
+// A fetcher's work: activations of the experts to come, every so many-th row. An expert that many tokens chose is left
+// to the main warps.
 template <typename S>
-__device__ __forceinline__ void fetch_activations(Block<S> block, int lane) {
+__device__ __forceinline__ void fetch_activations(Block<S> block, int fetcher, int lane) {
   const MoeArgs& args = block.args;
   const auto& rt = block.rt;
   Ring& acts = block.acts;
@@ -355,14 +402,15 @@ __device__ __forceinline__ void fetch_activations(Block<S> block, int lane) {
     input_of = item.active();
     const uint32_t chosen = rt.tokens_of(input_of);
     if (__popc(chosen) > S::ROWS) continue;
-    block.wait_for_gate_up(input_of);
-    order_before_bulk_copies();
 #pragma unroll 1
     for (uint32_t left = chosen; left != 0; left &= left - 1) {
-      const int token = __ffs(left) - 1, slot = token * args.top_k + rt.slot[input_of][token];
-      acts.wait_empty();
-      copy_to_stage(acts, smem_addr(block.smem) + S::ACTS + acts.stage * S::ROW_BYTES,
-                    block.ws.act + static_cast<int64_t>(slot) * args.I, args.I * 2, lane);
+      const int token = __ffs(left) - 1;
+      if (acts.stage == fetcher) {
+        acts.wait_empty();
+        fetch_row<S::ROW_BYTES>(block.smem + S::ACTS + fetcher * S::ROW_BYTES,
+                                block.act(token, rt.slot[input_of][token]), args.I * 2, lane);
+        mbar_arrive(acts.full());
+      }
       acts.advance();
     }
   }
@@ -397,16 +445,11 @@ __device__ __forceinline__ void multiply_items(Block<S> block, Slice<S>& input, 
           fetched.advance();
         }
       } else {
-        if (lane == 0) block.wait_for_gate_up(input_of);
+        input.load_exchanged(k_tiles, [&](int token) {
+          const int slot = token < args.M ? rt.slot[input_of][token] : -1;
+          return slot < 0 ? nullptr : reinterpret_cast<const uint8_t*>(block.act(token, slot));
+        });
         __syncwarp();
-        input.load(
-            k_tiles,
-            [&](int token) {
-              const int slot = token < args.M ? rt.slot[input_of][token] : -1;
-              const auto* const act = reinterpret_cast<const uint8_t*>(block.ws.act);
-              return slot < 0 ? nullptr : act + static_cast<int64_t>(token * args.top_k + slot) * args.I * 2;
-            },
-            read_global);
       }
     }
     float acc[2][2][NT][4] = {};  // [k16 step][m16 tile]: short chains instead of long ones
@@ -476,18 +519,10 @@ __device__ __forceinline__ void reduce_items(Block<S> block, int reducer, int la
     if (item.down()) return static_cast<const uint16_t*>(bias)[row + lane];
     return static_cast<const uint32_t*>(bias)[row / 2 + lane % 16];
   };
-  // Items, of one active expert, whose activations this warp has written and not yet made known.
-  int finished = 0, finished_of = 0;
-  auto make_known_if_last = [&](Item item) {
-    if (finished == 0 || !item.last()) return;
-    if (lane == 0) add_release(block.counters->ready + finished_of, finished);
-    finished = 0;
-  };
-  // Reducers take turns, so that none is late because it had to make something known.
+  // Reducers take turns.
   auto item_after = [&](int others) {
     Item item = block.items.get(lane);
     for (; others > 0 && item.exists(); --others) {
-      make_known_if_last(item);
       item = block.items.get(lane);
       sums.advance();
     }
@@ -502,20 +537,24 @@ __device__ __forceinline__ void reduce_items(Block<S> block, int reducer, int la
     const float* const parts = block.sum_buffer();
     if (!item.down()) {
       const int j = lane % 16;
-      for (int token = lane / 16; token < args.M; token += 2) {
-        const int slot = rt.slot[a][token];
-        if (slot < 0) continue;
-        float gate = 0.f, up = 0.f;
+      for (int first = 0; first < args.M; first += 2) {  // half a warp each
+        const int token = first + lane / 16, slot = token < args.M ? rt.slot[a][token] : -1;
+        if (__ballot_sync(~0u, slot >= 0) == 0) continue;
+        float value = 0.f;
+        if (slot >= 0) {
+          float gate = 0.f, up = 0.f;
 #pragma unroll
-        for (int w = 0; w < S::MAIN; ++w) {
-          const float2 v = *reinterpret_cast<const float2*>(parts + (w * S::TOKENS + token) * RED_PITCH + 2 * j);
-          gate += v.x;
-          up += v.y;
+          for (int w = 0; w < S::MAIN; ++w) {
+            const float2 v = *reinterpret_cast<const float2*>(parts + (w * S::TOKENS + token) * RED_PITCH + 2 * j);
+            gate += v.x;
+            up += v.y;
+          }
+          value = activate(gate * ACCUMULATOR_SCALE + bias.x, up * ACCUMULATOR_SCALE + bias.y,
+                           activation_of(args.swiglu_oai));
         }
-        const float v = activate(gate * ACCUMULATOR_SCALE + bias.x, up * ACCUMULATOR_SCALE + bias.y,
-                                 activation_of(args.swiglu_oai));
-        ws.act[static_cast<int64_t>(token * args.top_k + slot) * args.I + row_tile * 16 + j] =
-            __bfloat16_as_ushort(__float2bfloat16_rn(v));
+        const uint32_t pair = pack_bf16x2(value, __shfl_xor_sync(~0u, value, 1));
+        if (slot >= 0 && j % 2 == 0)
+          store_relaxed(reinterpret_cast<uint32_t*>(block.act(token, slot) + row_tile * 16 + j), ~pair);
       }
     } else {
       for (int token = 0; token < args.M; ++token) {
@@ -525,18 +564,32 @@ __device__ __forceinline__ void reduce_items(Block<S> block, int reducer, int la
 #pragma unroll
         for (int w = 0; w < S::MAIN; ++w)
           v += parts[(w * S::TOKENS + token) * RED_PITCH + lane];
-        __stcg(ws.y + static_cast<int64_t>(token * args.top_k + slot) * args.H + row_tile * TILE + lane,
-               (v * ACCUMULATOR_SCALE + bias.x) * rt.weight[token][slot]);
+        store_relaxed(ws.y + static_cast<int64_t>(token * args.top_k + slot) * args.H + row_tile * TILE + lane,
+                      ~__float_as_uint((v * ACCUMULATOR_SCALE + bias.x) * rt.weight[token][slot]));
       }
     }
     __syncwarp();
     if (lane == 0) mbar_arrive(sums.empty());
     sums.advance();
-    if (item.down()) continue;
-    ++finished;
-    finished_of = a;
-    make_known_if_last(item);
   }
+}
+
+// Count this call, once all of the block have read the count, and empty the next call's exchange. The reducers do it,
+// who have nothing else to do yet.
+template <typename S>
+__device__ __forceinline__ void prepare_next_call(const Block<S>& block, DecodeExchange& next, int thread) {
+  const int used = next.act_used;
+  if (thread == 0) {
+    // Together blocks flip the highest bit and leave the others as they were.
+    atomicAdd(block.ws.calls, blockIdx.x == 0 ? INT_MIN - static_cast<int>(gridDim.x - 1) : 1);
+    if (blockIdx.x == 0) {
+      block.exchange->act_used = block.args.M * block.args.top_k * block.args.I;
+      next.taken[0] = next.taken[1] = 0;
+    }
+  }
+  uint4* const act = reinterpret_cast<uint4*>(next.act);
+  for (int i = blockIdx.x * 32 * S::REDUCERS + thread; i < used / 8; i += gridDim.x * 32 * S::REDUCERS)
+    act[i] = uint4{0, 0, 0, 0};
 }
 
 template <typename S>
@@ -550,11 +603,8 @@ __global__ void __launch_bounds__(S::THREADS, 1) decode_layer(const MoeArgs args
   __syncthreads();
 
   wait_for_previous_kernel();
-  // Calls use two sets of counters in turn; each clears the other's.
-  const bool odd = __ldcg(ws.arrived) < 0;
-  block.counters = ws.counters + odd;
-  if (blockIdx.x == 0 && threadIdx.x < sizeof(DecodeCounters) / 4)
-    reinterpret_cast<int*>(ws.counters + !odd)[threadIdx.x] = 0;
+  const bool odd = __ldcg(ws.calls) < 0;
+  block.exchange = ws.exchange + odd;
   Slice<S> input(warp, lane);
   if (warp < S::MAIN)
     input.load(
@@ -568,33 +618,37 @@ __global__ void __launch_bounds__(S::THREADS, 1) decode_layer(const MoeArgs args
 
   if (warp == S::COPIER)
     copy_weights(block, lane);
-  else if (S::ROWS > 0 && warp == S::FETCHER)
-    fetch_activations(block, lane);
+  else if (S::FETCHERS > 0 && warp >= S::FETCHER)
+    fetch_activations(block, warp - S::FETCHER, lane);
   else if (warp < S::MAIN)
     multiply_items(block, input, lane);
-  else
+  else {
+    prepare_next_call(block, ws.exchange[!odd], threadIdx.x - 32 * S::MAIN);
     reduce_items(block, warp - S::MAIN, lane);
-
-  // ---- every block's results are in: add each token's slots ----
-  let_next_kernel_start();
-  __syncthreads();
-  if (threadIdx.x == 0) {
-    // Together they flip the highest bit and leave the others as they were.
-    add_release(ws.arrived, blockIdx.x == 0 ? INT_MIN - static_cast<int>(gridDim.x - 1) : 1);
-    while ((load_acquire(ws.arrived) < 0) == odd) {
-    }
   }
-  __syncthreads();
+
+  // ---- add each token's slots, as soon as they are there ----
+  let_next_kernel_start();
   const int outputs = args.M * args.H, each = (outputs + gridDim.x - 1) / gridDim.x, begin = blockIdx.x * each;
   for (int i = begin + threadIdx.x; i < min(outputs, begin + each); i += S::THREADS) {
     const int token = i / args.H, h = i - token * args.H;
-    float v[MAX_TOP_K], sum = 0.f;
+    auto y = [&](int j) { return ws.y + static_cast<int64_t>(token * args.top_k + j) * args.H + h; };
+    uint32_t v[MAX_TOP_K];
+    bool missing;
+    do {
+      missing = false;
 #pragma unroll
-    for (int j = 0; j < MAX_TOP_K; ++j)
-      v[j] = rt.choice[token][j] >= 0 ? __ldcg(ws.y + static_cast<int64_t>(token * args.top_k + j) * args.H + h) : 0.f;
+      for (int j = 0; j < MAX_TOP_K; ++j) {
+        v[j] = rt.choice[token][j] >= 0 ? load_relaxed(y(j)) : ~0u;
+        missing |= v[j] == 0;
+      }
+    } while (missing);
+    float sum = 0.f;
 #pragma unroll
-    for (int j = 0; j < MAX_TOP_K; ++j)
-      sum += v[j];
+    for (int j = 0; j < MAX_TOP_K; ++j) {
+      sum += __uint_as_float(~v[j]);
+      if (rt.choice[token][j] >= 0) *y(j) = 0;
+    }
     static_cast<__nv_bfloat16*>(args.out)[i] = __float2bfloat16_rn(sum);
   }
 }
@@ -610,6 +664,7 @@ const char* launch(const MoeArgs& args, const DecodeWorkspace& ws, const Device&
 using Tokens8 = Shape<10, 2, 3, 3, 4, 1, 2>;
 using Tokens16 = Shape<10, 1, 3, 3, 3, 2, 0>;
 using Wide = Shape<10, 1, 3, 8, 4, 1, 0>;
+static_assert(std::max(Wide::TOKENS* Wide::MAX_K, Tokens16::TOKENS* Tokens16::MAX_K) * MAX_TOP_K <= DECODE_MAX_VALUES);
 
 int longest_k(const MoeArgs& args) { return std::max(args.H, args.I); }
 

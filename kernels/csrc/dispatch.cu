@@ -1,5 +1,4 @@
 // The entry point: carves the workspace, picks kernels by token count, launches.
-#include <algorithm>
 #include <string>
 
 #include "dispatch.h"
@@ -7,7 +6,7 @@
 namespace mxfp4_sm120 {
 namespace {
 
-// Counters first (zeroed once by the caller, then kept by the kernels), then what each call overwrites.
+// What kernels keep from call to call first (zeroed once by the caller), then what each call overwrites.
 struct Carver {
   uint8_t* base;
   int64_t at = 0;
@@ -22,26 +21,26 @@ struct Carver {
 struct Workspace {
   DecodeWorkspace decode;
   GroupedWorkspace grouped;
-  int64_t counters, bytes;  // bytes of the counters; of all
+  int64_t kept, bytes;  // bytes of what is kept; of all
 };
 
 Workspace carve(uint8_t* base, int M, int H, int I, int local_experts, int top_k) {
   Carver c{base};
   Workspace w{};
   const int64_t slots = static_cast<int64_t>(M) * top_k;
-  w.decode.arrived = c.take<int>(1);
-  w.decode.counters = c.take<DecodeCounters>(2);
+  w.decode.calls = c.take<int>(1);
+  w.decode.exchange = c.take<DecodeExchange>(2);
+  w.decode.y = c.take<uint32_t>(DECODE_MAX_VALUES);
   w.grouped.taken = c.take<int>(1);
   w.grouped.finished = c.take<int>(max_token_tiles(M, local_experts, top_k));
-  w.counters = c.at;
-  c.at = COUNTER_BYTES;
+  w.kept = c.at;
+  c.at = KEPT_BYTES;
   w.grouped.expert = c.take<int>(slots);
   w.grouped.weight = c.take<float>(slots);
   w.grouped.offsets = c.take<int>(local_experts + 1);
   w.grouped.order = c.take<int>(slots);
   w.grouped.position = c.take<int>(slots);
-  w.decode.act = w.grouped.act = c.take<uint16_t>(slots * I);
-  w.decode.y = c.take<float>(static_cast<int64_t>(std::min(M, DECODE_MAX_TOKENS)) * top_k * H);
+  w.grouped.act = c.take<uint16_t>(slots * I);
   w.grouped.y = c.take<uint2>(slots * H / 4);
   w.bytes = c.at;
   return w;
@@ -91,7 +90,7 @@ const char* moe_forward(const MoeArgs& args, int config, cudaStream_t stream) {
   if (const char* why = current_device(device)) return why;
   const Workspace ws = carve(args.workspace, args.M, args.H, args.I, args.local_experts, args.top_k);
   if (config < 0 || config >= CONFIG_COUNT) return "no such configuration";
-  if (ws.counters > COUNTER_BYTES) return "too many tokens for one call";
+  if (ws.kept > KEPT_BYTES) return "too many tokens for one call";
   if (config == DECODE && !decode_layer_takes(args)) config = FIRST_GROUPED;
   if (config == DECODE) return decode_layer_forward(args, ws.decode, device, stream);
   if (const char* why = route_and_group(args, ws.grouped, device, stream)) return why;

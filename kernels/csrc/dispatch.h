@@ -5,16 +5,20 @@
 namespace mxfp4_sm120 {
 
 constexpr int DECODE_MAX_TOKENS = 16;  // two n8 column tiles
+// Activations, or results, of a call's slots together, at most: of 8 tokens with the longest rows that it takes.
+constexpr int DECODE_MAX_VALUES = 8 * MAX_TOP_K * 7680;
 
-struct DecodeCounters {
-  int ready[MAX_EXPERTS];  // gate-up items finished, per active expert
-  int taken[2];            // items that blocks have taken, of gate-up and of down
+// What blocks of the decode kernel hand each other says by itself whether it is there. It is complemented, and 0 is
+// nothing: no number's complement is 0, for no arithmetic makes a NaN of ones only. Two bf16s are one such value.
+struct DecodeExchange {
+  int taken[2];                                  // items that blocks have taken, of gate-up and of down
+  int act_used;                                  // activations of the call
+  alignas(256) uint16_t act[DECODE_MAX_VALUES];  // bf16 [M * k, I]
 };
 struct DecodeWorkspace {
-  int* arrived;              // blocks at the grid barrier, and in the highest bit whether the number of calls is odd
-  DecodeCounters* counters;  // [2] this call's and, zero when it ends, the next one's, in turn
-  uint16_t* act;             // bf16 [M * k, I]
-  float* y;                  // fp32 [M * k, H], already weighted
+  int* calls;                // blocks that have begun, and in the highest bit whether the number of calls is odd
+  DecodeExchange* exchange;  // [2] this call's and the next one's, in turn; each call empties the other's
+  uint32_t* y;               // fp32 [M * k, H], already weighted; whoever adds a value up takes it away
 };
 
 struct GroupedWorkspace {

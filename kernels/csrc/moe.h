@@ -9,8 +9,9 @@ namespace mxfp4_sm120 {
 constexpr int MAX_TOP_K = 8;
 constexpr int MAX_EXPERTS = 256;
 
-// The workspace's first bytes are counters, zeroed once by the caller.
-constexpr int COUNTER_BYTES = 64 * 1024;
+// The workspace's first bytes are kept from call to call: counters, and what decode's blocks exchange. Zeroed once by
+// the caller.
+constexpr int KEPT_BYTES = 4 * 1024 * 1024;
 
 struct MoeArgs {              // all pointers on the current device
   const void* x;              // bf16 [M, H]

@@ -16,6 +16,7 @@ from vllm_mxfp4_sm120.moe import Activation, MoEShape, MoEWeights
 
 EMULATOR = Path(__file__).with_name("emulator")
 CSRC = Path(__file__).parents[2] / "kernels" / "csrc"
+KEPT_BYTES = 4 * 1024 * 1024  # of moe.h
 KERNELS = ("decode_layer", "dispatch", "grouped_gemm", "grouping", "router")
 
 
@@ -89,11 +90,11 @@ class Emulated:
         self.biases = [None if bias is None else aligned(bias) for bias in (weights.w13_bias, weights.w2_bias)]
 
     def workspace(self, tokens: int) -> Tensor:
-        """Zeros where counters are, and rubbish."""
+        """Zeros in what is kept from call to call, and rubbish."""
         shape = self.shape
         sizes = (tokens, shape.hidden_size, shape.intermediate_size, shape.local_experts, shape.top_k)
         workspace = aligned(torch.full((self.library.moe_workspace_bytes(*sizes),), 0xFF, dtype=torch.uint8))
-        workspace[: 64 * 1024] = 0
+        workspace[:KEPT_BYTES] = 0
         return workspace
 
     def __call__(

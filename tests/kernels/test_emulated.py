@@ -95,7 +95,7 @@ def test_the_same_bits_in_any_order(library: ctypes.CDLL, config: int):
 
 
 def test_call_after_call(library: ctypes.CDLL):
-    """Counters carry over in the workspace: decode takes two sets in turn, the grouped kernels leave zeros."""
+    """Some of the workspace carries over: decode takes two exchanges in turn, the grouped kernels leave zeros."""
     shape = MoEShape(5, 5, 96, 64, 3)
     x, logits = inputs(shape, 13, 0)
     layer = Emulated(library, shape, proof.random_weights(shape, "cpu"))
@@ -104,6 +104,18 @@ def test_call_after_call(library: ctypes.CDLL):
     workspace = layer.workspace(64)
     for config in (0, 0, 0, *CONFIGS, 0, 2, 0, 0, 7, 0):
         assert torch.equal(layer(x, logits, config, workspace=workspace), alone[config]), CONFIGS[config]
+
+
+@pytest.mark.parametrize("library", [SM_80, SM_90], indirect=True, ids=["sm_80", "sm_90"])
+def test_calls_of_other_sizes(library: ctypes.CDLL):
+    """What decode's blocks exchange is gone when the next but one begins, whatever was larger: tokens or the layer."""
+    shapes = MoEShape(5, 5, 96, 64, 3), MoEShape(8, 8, 64, 192, 2), MoEShape(2, 2, 256, 32, 1)
+    layers = [Emulated(library, shape, proof.random_weights(shape, "cpu")) for shape in shapes]
+    workspace = max((layer.workspace(16) for layer in layers), key=torch.Tensor.numel)
+    library.emulate(3, True, 0)
+    for seed, (tokens, layer) in enumerate(zip((16, 1, 2, 13, 8, 3, 16, 5, 1, 1, 9), layers * 4, strict=False)):
+        x, logits = inputs(layer.shape, tokens, seed)
+        assert torch.equal(layer(x, logits, 0, workspace=workspace), layer(x, logits, 0)), seed
 
 
 @pytest.mark.parametrize("blocks", [1, 2, 5, 17, 40])
@@ -174,7 +186,7 @@ def test_outputs_beside_a_huge_one_keep_their_digits(library: ctypes.CDLL, confi
 
 def test_more_tokens_than_there_are_counters_for(library: ctypes.CDLL):
     shape = MoEShape(8, 8, 32, 32, 8)
-    x, logits = inputs(shape, 16_500, 0)
+    x, logits = inputs(shape, 70_000, 0)
     with pytest.raises(AssertionError, match="too many tokens for one call"):
         Emulated(library, shape, proof.random_weights(shape, "cpu"))(x, logits, config=1)
 

@@ -34,7 +34,6 @@ inline void mbar_arrive_after_copies(uint32_t bar) {
 }
 inline void mbar_wait(uint32_t bar, uint32_t parity) { emu::mbarrier_wait(bar, parity); }
 inline void mbar_init_fence() {}
-inline void order_before_bulk_copies() {}
 
 // Of sm_90 and newer.
 inline void mbar_expect(uint32_t bar, uint32_t bytes) { emu::mbarrier_arrive(bar, bytes); }
@@ -63,6 +62,20 @@ inline int load_acquire(const int* p) {
 }
 inline void add_release(int* p, int v) {
   *p += v;
+  emu::progress = true;
+}
+
+inline uint4 load_relaxed(const uint4* p) {
+  emu::yield();
+  return *p;
+}
+inline uint32_t load_relaxed(const uint32_t* p) {
+  emu::yield();
+  return *p;
+}
+template <typename T>
+void store_relaxed(T* p, T v) {
+  *p = v;
   emu::progress = true;
 }
 
