@@ -4,7 +4,7 @@
 // A persistent grid, one block per multiprocessor. An item is 32 weight rows of one active expert; a block works on
 // some of gate-up, then on some of down. Its warps have four trades. The copier chooses items and copies their weights
 // into a ring of stages, each a stretch of an item's K. The main warps share every stage, so each has the same slice of
-// K of all items, and multiply. Reducers add the slices up, apply bias and activation, and write. Fetchers bring
+// K of all items, and multiply. The reducer adds the slices up, applies bias and activation, and writes. Fetchers bring
 // activations as soon as they are there. Main warps so hardly wait for anything but weights, and the ring runs ahead
 // over the seam between the two GEMMs: down-projection weights are in flight while the last activations are still being
 // made.
@@ -74,15 +74,15 @@ struct Ring {
   }
 };
 
-// MAIN warps multiply, REDUCERS add up. A stage of the weights' ring holds EACH tiles for each main warp; an item has
-// STAGES at most, the ring RING. NT column tiles of 8 tokens. ROWS of activations are fetched ahead, if any.
-template <int MAIN_, int REDUCERS_, int EACH_, int STAGES_, int RING_, int NT_, int ROWS_>
+// MAIN warps multiply. A stage of the weights' ring holds EACH tiles for each of them; an item has STAGES at most, the
+// ring RING. NT column tiles of 8 tokens. ROWS of activations are fetched ahead, if any.
+template <int MAIN_, int EACH_, int STAGES_, int RING_, int NT_, int ROWS_>
 struct Shape {
-  static constexpr int MAIN = MAIN_, REDUCERS = REDUCERS_, EACH = EACH_, STAGES = STAGES_, RING = RING_, NT = NT_;
+  static constexpr int MAIN = MAIN_, EACH = EACH_, STAGES = STAGES_, RING = RING_, NT = NT_;
   static constexpr int ROWS = ROWS_, TOKENS = 8 * NT;
-  static constexpr int COPIER = MAIN + REDUCERS, FETCHER = COPIER + 1, FETCHERS = ROWS;  // a row each
+  static constexpr int REDUCER = MAIN, COPIER = MAIN + 1, FETCHER = MAIN + 2, FETCHERS = ROWS;  // a row each
   static constexpr int THREADS = 32 * (FETCHER + FETCHERS);
-  static constexpr int SUM_THREADS = 32 * (MAIN + 1);  // those who make an item's sums and who adds them up
+  static constexpr int SUM_THREADS = 32 * (REDUCER + 1);  // those who make an item's sums and who adds them up
   static constexpr int STAGE_TILES = MAIN * EACH, STAGE_BYTES = STAGE_TILES * TILE_BYTES;
   static constexpr int MAX_K = STAGES * STAGE_TILES * TILE;
   // Shared memory: weights, activations, two buffers of sums (so that adding up and multiplying overlap), barriers, the
@@ -228,7 +228,7 @@ __device__ __forceinline__ void copy_to_stage(const Ring& ring, uint32_t dst, co
 #endif
 }
 
-// Named barriers by which main warps hand sums to reducers, one for each buffer (0 is __syncthreads).
+// Named barriers by which main warps hand sums to the reducer, one for each buffer (0 is __syncthreads).
 constexpr int SUMS_FULL = 1;
 
 // What a block's warps work with; each warp has its own copy, and so its own places in the rings.
@@ -257,7 +257,7 @@ struct Block {
     weights.init(COPYING_LANES, S::MAIN);
     acts.init(32, S::MAIN);
     sums.init(0, 1);
-    items.ring.init(1, S::MAIN + S::REDUCERS + S::FETCHERS);
+    items.ring.init(1, S::MAIN + 1 + S::FETCHERS);
     mbar_init_fence();
   }
   __device__ __forceinline__ uint16_t* act(int token, int slot) const {
@@ -416,7 +416,7 @@ __device__ __forceinline__ void fetch_activations(Block<S> block, int fetcher, i
   }
 }
 
-// A main warp's work: its slice of K of every item, and the sums of that for the reducers.
+// A main warp's work: its slice of K of every item, and the sums of that for the reducer.
 template <typename S>
 __device__ __forceinline__ void multiply_items(Block<S> block, Slice<S>& input, int lane) {
   constexpr int EACH = S::EACH, NT = S::NT;
@@ -502,9 +502,9 @@ __device__ __forceinline__ void multiply_items(Block<S> block, Slice<S>& input, 
   }
 }
 
-// A reducer's work: add slices up, then bias and activation, or bias and the routing weight.
+// The reducer's work: add slices up, then bias and activation, or bias and the routing weight.
 template <typename S>
-__device__ __forceinline__ void reduce_items(Block<S> block, int reducer, int lane) {
+__device__ __forceinline__ void reduce_items(Block<S> block, int lane) {
   const MoeArgs& args = block.args;
   const DecodeWorkspace& ws = block.ws;
   const auto& rt = block.rt;
@@ -519,17 +519,8 @@ __device__ __forceinline__ void reduce_items(Block<S> block, int reducer, int la
     if (item.down()) return static_cast<const uint16_t*>(bias)[row + lane];
     return static_cast<const uint32_t*>(bias)[row / 2 + lane % 16];
   };
-  // Reducers take turns.
-  auto item_after = [&](int others) {
-    Item item = block.items.get(lane);
-    for (; others > 0 && item.exists(); --others) {
-      item = block.items.get(lane);
-      sums.advance();
-    }
-    return item;
-  };
 #pragma unroll 1
-  for (Item item = item_after(reducer); item.exists(); item = item_after(S::REDUCERS - 1)) {
+  for (Item item = block.items.get(lane); item.exists(); item = block.items.get(lane)) {
     const int a = item.active(), row_tile = item.row_tile();
     const uint32_t packed_bias = bias_of(item);
     barrier_wait(SUMS_FULL + sums.stage, S::SUM_THREADS);
@@ -574,12 +565,12 @@ __device__ __forceinline__ void reduce_items(Block<S> block, int reducer, int la
   }
 }
 
-// Count this call, once all of the block have read the count, and empty the next call's exchange. The reducers do it,
-// who have nothing else to do yet.
+// Count this call, once all of the block have read the count, and empty the next call's exchange. The reducer does it,
+// which has nothing else to do yet.
 template <typename S>
-__device__ __forceinline__ void prepare_next_call(const Block<S>& block, DecodeExchange& next, int thread) {
+__device__ __forceinline__ void prepare_next_call(const Block<S>& block, DecodeExchange& next, int lane) {
   const int used = next.act_used;
-  if (thread == 0) {
+  if (lane == 0) {
     // Together blocks flip the highest bit and leave the others as they were.
     atomicAdd(block.ws.calls, blockIdx.x == 0 ? INT_MIN - static_cast<int>(gridDim.x - 1) : 1);
     if (blockIdx.x == 0) {
@@ -588,7 +579,7 @@ __device__ __forceinline__ void prepare_next_call(const Block<S>& block, DecodeE
     }
   }
   uint4* const act = reinterpret_cast<uint4*>(next.act);
-  for (int i = blockIdx.x * 32 * S::REDUCERS + thread; i < used / 8; i += gridDim.x * 32 * S::REDUCERS)
+  for (int i = blockIdx.x * 32 + lane; i < used / 8; i += gridDim.x * 32)
     act[i] = uint4{0, 0, 0, 0};
 }
 
@@ -623,8 +614,8 @@ __global__ void __launch_bounds__(S::THREADS, 1) decode_layer(const MoeArgs args
   else if (warp < S::MAIN)
     multiply_items(block, input, lane);
   else {
-    prepare_next_call(block, ws.exchange[!odd], threadIdx.x - 32 * S::MAIN);
-    reduce_items(block, warp - S::MAIN, lane);
+    prepare_next_call(block, ws.exchange[!odd], lane);
+    reduce_items(block, lane);
   }
 
   // ---- add each token's slots, as soon as they are there ----
@@ -661,9 +652,9 @@ const char* launch(const MoeArgs& args, const DecodeWorkspace& ws, const Device&
 }
 
 // GPT-OSS's 90 k-tiles are three stages of 10 warps x 3 tiles. A wide input leaves registers for 8 tokens only.
-using Tokens8 = Shape<10, 2, 3, 3, 4, 1, 2>;
-using Tokens16 = Shape<10, 1, 3, 3, 3, 2, 0>;
-using Wide = Shape<10, 1, 3, 8, 4, 1, 0>;
+using Tokens8 = Shape<10, 3, 3, 4, 1, 2>;
+using Tokens16 = Shape<10, 3, 3, 3, 2, 0>;
+using Wide = Shape<10, 3, 8, 4, 1, 0>;
 static_assert(std::max(Wide::TOKENS* Wide::MAX_K, Tokens16::TOKENS* Tokens16::MAX_K) * MAX_TOP_K <= DECODE_MAX_VALUES);
 
 int longest_k(const MoeArgs& args) { return std::max(args.H, args.I); }
