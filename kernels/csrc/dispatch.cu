@@ -48,7 +48,7 @@ Workspace carve(uint8_t* base, int M, int H, int I, int local_experts, int top_k
 
 // The dispatch table; `config` in moe_forward indexes it. After the decode kernel come grouped_gemm's variants, in
 // their order, each named after its token tile.
-constexpr const char* CONFIGS[] = {"decode",   "tokens8",  "tokens24",  "tokens40",
+constexpr const char* CONFIGS[] = {"decode",   "tokens8",  "tokens24",  "tokens40", "tokens48",
                                    "tokens64", "tokens80", "tokens112", "tokens144"};
 constexpr int DECODE = 0, FIRST_GROUPED = 1, CONFIG_COUNT = sizeof(CONFIGS) / sizeof(CONFIGS[0]);
 

@@ -478,8 +478,8 @@ const char* launch(const Layer& p, const Device& device, cudaStream_t stream) {
 }
 
 // The variants, in the dispatch table's order: by tokens in a tile.
-using Shapes = std::tuple<Shape<6, 8, 12, 2>, Shape<4, 24, 8, 3>, Shape<4, 40, 6, 3>, Shape<4, 64, 4, 3>,
-                          Shape<4, 80, 4, 3>, Shape<8, 112, 7, 1>, Shape<8, 144, 6, 1>>;
+using Shapes = std::tuple<Shape<6, 8, 12, 2>, Shape<4, 24, 8, 3>, Shape<4, 40, 6, 3>, Shape<4, 48, 5, 3>,
+                          Shape<4, 64, 4, 3>, Shape<4, 80, 4, 3>, Shape<8, 112, 7, 1>, Shape<8, 144, 6, 1>>;
 
 template <int VARIANT = 0, typename Do>
 auto with_shape(int variant, Do&& act) {

@@ -21,7 +21,7 @@ from vllm_mxfp4_sm120.moe import Activation, MoEShape, reference, topk_softmax
 
 pytestmark = pytest.mark.skipif(shutil.which("g++") is None, reason="needs g++")
 
-CONFIGS = dict(enumerate(("decode", *(f"tokens{tile}" for tile in (8, 24, 40, 64, 80, 112, 144)))))
+CONFIGS = dict(enumerate(("decode", *(f"tokens{tile}" for tile in (8, 24, 40, 48, 64, 80, 112, 144)))))
 SM_80, SM_90 = 800, 900
 # Each configuration, and on newer cards' road (bulk copies) the one that has another there.
 KERNELS_AND_CARDS = pytest.mark.parametrize(
