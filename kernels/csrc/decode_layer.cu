@@ -75,13 +75,13 @@ struct Ring {
 };
 
 // MAIN warps multiply. A stage of the weights' ring holds EACH tiles for each of them; an item has STAGES at most, the
-// ring RING. NT column tiles of 8 tokens. ROWS of activations are fetched ahead, if any.
+// ring RING. NT column tiles of 8 tokens. ROWS of activations are fetched ahead, if any, by a warp each.
 template <int MAIN_, int EACH_, int STAGES_, int RING_, int NT_, int ROWS_>
 struct Shape {
   static constexpr int MAIN = MAIN_, EACH = EACH_, STAGES = STAGES_, RING = RING_, NT = NT_;
   static constexpr int ROWS = ROWS_, TOKENS = 8 * NT;
-  static constexpr int REDUCER = MAIN, COPIER = MAIN + 1, FETCHER = MAIN + 2, FETCHERS = ROWS;  // a row each
-  static constexpr int THREADS = 32 * (FETCHER + FETCHERS);
+  static constexpr int REDUCER = MAIN, COPIER = MAIN + 1, FETCHER = MAIN + 2;
+  static constexpr int THREADS = 32 * (FETCHER + ROWS);
   static constexpr int SUM_THREADS = 32 * (REDUCER + 1);  // those who make an item's sums and who adds them up
   static constexpr int STAGE_TILES = MAIN * EACH, STAGE_BYTES = STAGE_TILES * TILE_BYTES;
   static constexpr int MAX_K = STAGES * STAGE_TILES * TILE;
@@ -257,11 +257,14 @@ struct Block {
     weights.init(COPYING_LANES, S::MAIN);
     acts.init(32, S::MAIN);
     sums.init(0, 1);
-    items.ring.init(1, S::MAIN + 1 + S::FETCHERS);
+    items.ring.init(1, S::MAIN + 1 + S::ROWS);
     mbar_init_fence();
   }
   __device__ __forceinline__ uint16_t* act(int token, int slot) const {
     return exchange->act + static_cast<int64_t>(token * args.top_k + slot) * args.I;
+  }
+  __device__ __forceinline__ uint32_t* y(int token, int slot) const {
+    return ws.y + static_cast<int64_t>(token * args.top_k + slot) * args.H;
   }
   __device__ __forceinline__ float* sum_buffer() const {
     return reinterpret_cast<float*>(smem + S::SUMS) + sums.stage * S::SUM_FLOATS;
@@ -302,8 +305,8 @@ struct Slice {
       }
     }
   }
-  // Exchanged activations, as soon as all are there. Loaded together and then looked at: an instruction between two
-  // loads would wait for the first.
+  // Exchanged activations, as soon as all are there. Loaded together and then looked at: to look at one before the next
+  // is loaded is to wait for it.
   template <typename RowOfToken>
   __device__ __forceinline__ void load_exchanged(int k_tiles, RowOfToken row_of_token) {
     bool missing;
@@ -506,7 +509,6 @@ __device__ __forceinline__ void multiply_items(Block<S> block, Slice<S>& input, 
 template <typename S>
 __device__ __forceinline__ void reduce_items(Block<S> block, int lane) {
   const MoeArgs& args = block.args;
-  const DecodeWorkspace& ws = block.ws;
   const auto& rt = block.rt;
   Ring& sums = block.sums;
   // This lane's bias of an item: gate's and up's of one output, or one row's. Fetched before its sums are there:
@@ -555,7 +557,7 @@ __device__ __forceinline__ void reduce_items(Block<S> block, int lane) {
 #pragma unroll
         for (int w = 0; w < S::MAIN; ++w)
           v += parts[(w * S::TOKENS + token) * RED_PITCH + lane];
-        store_relaxed(ws.y + static_cast<int64_t>(token * args.top_k + slot) * args.H + row_tile * TILE + lane,
+        store_relaxed(block.y(token, slot) + row_tile * TILE + lane,
                       ~__float_as_uint((v * ACCUMULATOR_SCALE + bias.x) * rt.weight[token][slot]));
       }
     }
@@ -609,7 +611,7 @@ __global__ void __launch_bounds__(S::THREADS, 1) decode_layer(const MoeArgs args
 
   if (warp == S::COPIER)
     copy_weights(block, lane);
-  else if (S::FETCHERS > 0 && warp >= S::FETCHER)
+  else if (S::ROWS > 0 && warp >= S::FETCHER)
     fetch_activations(block, warp - S::FETCHER, lane);
   else if (warp < S::MAIN)
     multiply_items(block, input, lane);
@@ -623,14 +625,13 @@ __global__ void __launch_bounds__(S::THREADS, 1) decode_layer(const MoeArgs args
   const int outputs = args.M * args.H, each = (outputs + gridDim.x - 1) / gridDim.x, begin = blockIdx.x * each;
   for (int i = begin + threadIdx.x; i < min(outputs, begin + each); i += S::THREADS) {
     const int token = i / args.H, h = i - token * args.H;
-    auto y = [&](int j) { return ws.y + static_cast<int64_t>(token * args.top_k + j) * args.H + h; };
     uint32_t v[MAX_TOP_K];
     bool missing;
     do {
       missing = false;
 #pragma unroll
       for (int j = 0; j < MAX_TOP_K; ++j) {
-        v[j] = rt.choice[token][j] >= 0 ? load_relaxed(y(j)) : ~0u;
+        v[j] = rt.choice[token][j] >= 0 ? load_relaxed(block.y(token, j) + h) : ~0u;
         missing |= v[j] == 0;
       }
     } while (missing);
@@ -638,7 +639,7 @@ __global__ void __launch_bounds__(S::THREADS, 1) decode_layer(const MoeArgs args
 #pragma unroll
     for (int j = 0; j < MAX_TOP_K; ++j) {
       sum += __uint_as_float(~v[j]);
-      if (rt.choice[token][j] >= 0) *y(j) = 0;
+      if (rt.choice[token][j] >= 0) block.y(token, j)[h] = 0;
     }
     static_cast<__nv_bfloat16*>(args.out)[i] = __float2bfloat16_rn(sum);
   }

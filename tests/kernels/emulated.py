@@ -16,7 +16,6 @@ from vllm_mxfp4_sm120.moe import Activation, MoEShape, MoEWeights
 
 EMULATOR = Path(__file__).with_name("emulator")
 CSRC = Path(__file__).parents[2] / "kernels" / "csrc"
-KEPT_BYTES = 4 * 1024 * 1024  # of moe.h
 KERNELS = ("decode_layer", "dispatch", "grouped_gemm", "grouping", "router")
 
 
@@ -84,7 +83,7 @@ class Emulated:
     def __init__(self, library: ctypes.CDLL, shape: MoEShape, weights: MoEWeights) -> None:
         self.library, self.shape = library, shape
         library.moe.restype = library.router.restype = ctypes.c_char_p
-        library.moe_workspace_bytes.restype = ctypes.c_int64
+        library.moe_workspace_bytes.restype = library.moe_kept_bytes.restype = ctypes.c_int64
         self.w13 = aligned(tile_experts(weights.w13.clone(), weights.w13_scale.clone(), "w13"))
         self.w2 = aligned(tile_experts(weights.w2.clone(), weights.w2_scale.clone(), "w2"))
         self.biases = [None if bias is None else aligned(bias) for bias in (weights.w13_bias, weights.w2_bias)]
@@ -94,7 +93,7 @@ class Emulated:
         shape = self.shape
         sizes = (tokens, shape.hidden_size, shape.intermediate_size, shape.local_experts, shape.top_k)
         workspace = aligned(torch.full((self.library.moe_workspace_bytes(*sizes),), 0xFF, dtype=torch.uint8))
-        workspace[:KEPT_BYTES] = 0
+        workspace[: self.library.moe_kept_bytes()] = 0
         return workspace
 
     def __call__(
