@@ -6,8 +6,8 @@
 
 "ours" is `--quantization mxfp4_sm120`, "ours:NAME" that with a backend by name, "bf16" the same model unquantized with
 made-up weights (compare it with what has such weights too, by --engine below); any other name is vLLM's own
-`--quantization mxfp4` with that `--moe-backend`. "-tp2" or "-ep2" after a name means two GPUs, tensor or expert
-parallel. A directory with nothing but config.json will do, with --engine
+`--quantization mxfp4` with that `--moe-backend`. "-tp2", "-ep2" or "-pp2" after a name means two GPUs, tensor, expert
+or pipeline parallel. A directory with nothing but config.json will do, with --engine
 '{"load_format": "dummy"}'. Prompts are random tokens, answers ignore the end of text, and everything is served until
 it gets no faster and compiles nothing. Every choice also answers the same prompts greedily, and is compared in that
 with the first choice.
@@ -132,7 +132,7 @@ def measure(task: dict[str, Any]) -> dict[str, Any]:
 
 def engine_arguments(choice: str) -> dict[str, Any]:
     """vLLM's arguments for one of --choices. Raises ValueError for what isn't one."""
-    parsed = re.fullmatch(r"(\w+)(?::(\w+))?(?:-(tp|ep)(\d+))?", choice)
+    parsed = re.fullmatch(r"(\w+)(?::(\w+))?(?:-(tp|ep|pp)(\d+))?", choice)
     if parsed is None or (parsed[2] and parsed[1] != "ours"):
         raise ValueError(f"--choices has {choice!r}, expected such as ours, ours:triton, ours-tp2, marlin-ep2, bf16")
     name, backend, parallel, ranks = parsed.groups()
@@ -143,7 +143,9 @@ def engine_arguments(choice: str) -> dict[str, Any]:
             arguments["additional_config"] = {"mxfp4_sm120": {"backend": backend}}
     elif name == "bf16":
         arguments = {"hf_overrides": {"quantization_config": None}, "load_format": "dummy"}
-    if parallel:
+    if parallel == "pp":
+        arguments["pipeline_parallel_size"] = int(ranks)
+    elif parallel:
         arguments |= {"tensor_parallel_size": int(ranks), "enable_expert_parallel": parallel == "ep"}
     return arguments
 

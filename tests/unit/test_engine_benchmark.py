@@ -54,6 +54,7 @@ def test_choices_are_arguments_of_vllm() -> None:
         "tensor_parallel_size": 2,
         "enable_expert_parallel": True,
     }
+    assert arguments("ours-pp2") == {"quantization": "mxfp4_sm120", "pipeline_parallel_size": 2}
     assert arguments("marlin") == {"quantization": "mxfp4", "moe_backend": "marlin"}
     with pytest.raises(ValueError, match=r"--choices has 'marlin:x', expected such as ours"):
         arguments("marlin:x")
