@@ -30,9 +30,9 @@ from vllm_mxfp4_sm120.backends.base import Backend
 from vllm_mxfp4_sm120.moe import Activation, MoEShape, MoEWeights, reference, topk_softmax
 from vllm_mxfp4_sm120.platform import Machine, driver
 
-# One token and more (decoding: one and two n8 tiles of tokens), then 4 to 140 tokens an expert on average for GPT-OSS's
-# 4 of 20, so that each of the native kernels that configs/tuning chooses from has its turn.
-TOKENS = (1, 7, 13, 20, 60, 150, 170, 230, 300, 450, 700)
+# One token and more (decoding: all tokens as columns, then gathered), then 6 to 140 tokens an expert on average for
+# GPT-OSS's 4 of 20, so that each of the native kernels that configs/tuning chooses from has its turn.
+TOKENS = (1, 7, 20, 60, 150, 170, 230, 300, 450, 700)
 EXPERTS = 20
 # Outside every power-of-two tile, 3 and 5 scale columns where kernels want multiples of 4, and milliseconds on a CPU.
 CPU_HIDDEN, CPU_INTERMEDIATE = 96, 160

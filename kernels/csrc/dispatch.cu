@@ -46,11 +46,11 @@ Workspace carve(uint8_t* base, int M, int H, int I, int local_experts, int top_k
   return w;
 }
 
-// The dispatch table; `config` in moe_forward indexes it. After the decode kernel come grouped_gemm's variants, in
-// their order, each named after its token tile.
-constexpr const char* CONFIGS[] = {"decode",   "tokens8",  "tokens24",  "tokens40", "tokens48",
+// The dispatch table; `config` in moe_forward indexes it. After the decode kernel's two forms come grouped_gemm's
+// variants, in their order, each named after its token tile.
+constexpr const char* CONFIGS[] = {"decode",   "gathered", "tokens24",  "tokens40", "tokens48",
                                    "tokens64", "tokens80", "tokens112", "tokens144"};
-constexpr int DECODE = 0, FIRST_GROUPED = 1, CONFIG_COUNT = sizeof(CONFIGS) / sizeof(CONFIGS[0]);
+constexpr int DECODE = 0, GATHERED = 1, FIRST_GROUPED = 2, CONFIG_COUNT = sizeof(CONFIGS) / sizeof(CONFIGS[0]);
 
 }  // namespace
 
@@ -59,7 +59,9 @@ const char* launch_table() {
   static const std::string table = [] {
     std::string text;
     for (int config = 0; config < CONFIG_COUNT; ++config) {
-      const Footprint f = config == DECODE ? decode_layer_footprint() : grouped_layer_footprint(config - FIRST_GROUPED);
+      const Footprint f = config == DECODE     ? decode_layer_footprint()
+                          : config == GATHERED ? gathered_layer_footprint()
+                                               : grouped_layer_footprint(config - FIRST_GROUPED);
       text +=
           std::string(CONFIGS[config]) + " " + std::to_string(f.threads) + " " + std::to_string(f.shared_bytes) + "\n";
     }
@@ -91,8 +93,10 @@ const char* moe_forward(const MoeArgs& args, int config, cudaStream_t stream) {
   const Workspace ws = carve(args.workspace, args.M, args.H, args.I, args.local_experts, args.top_k);
   if (config < 0 || config >= CONFIG_COUNT) return "no such configuration";
   if (ws.kept > KEPT_BYTES) return "too many tokens for one call";
-  if (config == DECODE && !decode_layer_takes(args)) config = FIRST_GROUPED;
+  if (config == DECODE && !decode_layer_takes(args)) config = GATHERED;
   if (config == DECODE) return decode_layer_forward(args, ws.decode, device, stream);
+  if (config == GATHERED && !gathered_layer_takes(args)) config = FIRST_GROUPED;
+  if (config == GATHERED) return gathered_layer_forward(args, ws.decode, device, stream);
   if (const char* why = route_and_group(args, ws.grouped, device, stream)) return why;
   if (const char* why = grouped_layer_forward(args, ws.grouped, config - FIRST_GROUPED, device, stream)) return why;
   return combine(args, ws.grouped, device, stream);

@@ -4,9 +4,10 @@
 
 namespace mxfp4_sm120 {
 
-constexpr int DECODE_MAX_TOKENS = 16;  // two n8 column tiles
-// Activations, or results, of a call's slots together, at most: of 8 tokens with the longest rows that it takes.
-constexpr int DECODE_MAX_VALUES = 8 * MAX_TOP_K * 7680;
+// The decode kernel's forms: with all tokens as columns, which takes 8, and with tokens gathered by expert.
+constexpr int GATHERED_MAX_TOKENS = 64;
+// Activations, or results, of a call's slots together, at most: of 64 tokens of GPT-OSS.
+constexpr int DECODE_MAX_VALUES = 64 * 4 * 2880;
 
 // What blocks of the decode kernel hand each other says by itself whether it is there. It is complemented, and 0 is
 // nothing: no number's complement is 0, for no arithmetic makes a NaN of ones only. Two bf16s are one such value.
@@ -57,6 +58,10 @@ bool decode_layer_takes(const MoeArgs& args);
 Footprint decode_layer_footprint();
 const char* decode_layer_forward(const MoeArgs& args, const DecodeWorkspace& ws, const Device& device,
                                  cudaStream_t stream);
+bool gathered_layer_takes(const MoeArgs& args);
+Footprint gathered_layer_footprint();
+const char* gathered_layer_forward(const MoeArgs& args, const DecodeWorkspace& ws, const Device& device,
+                                   cudaStream_t stream);
 Footprint grouped_layer_footprint(int variant);
 const char* grouped_layer_forward(const MoeArgs& args, const GroupedWorkspace& ws, int variant, const Device& device,
                                   cudaStream_t stream);

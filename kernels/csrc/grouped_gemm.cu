@@ -90,7 +90,7 @@ __device__ __forceinline__ int row_groups(const Gemm& p) {
 // How many warps share a row tile of the last row group, which has `left` of them (0: as many as the others).
 template <typename S>
 __device__ __forceinline__ int sharers(int left) {
-  return left == 0 || left > S::WARPS / 2 ? 1 : S::WARPS % 4 != 0 || left > S::WARPS / 4 ? 2 : 4;
+  return left == 0 || left > S::WARPS / 2 ? 1 : left > S::WARPS / 4 ? 2 : 4;
 }
 
 // An expert's tokens make full tiles and a rest.
@@ -478,8 +478,8 @@ const char* launch(const Layer& p, const Device& device, cudaStream_t stream) {
 }
 
 // The variants, in the dispatch table's order: by tokens in a tile.
-using Shapes = std::tuple<Shape<6, 8, 12, 2>, Shape<4, 24, 8, 3>, Shape<4, 40, 6, 3>, Shape<4, 48, 5, 3>,
-                          Shape<4, 64, 4, 3>, Shape<4, 80, 4, 3>, Shape<8, 112, 7, 1>, Shape<8, 144, 6, 1>>;
+using Shapes = std::tuple<Shape<4, 24, 8, 3>, Shape<4, 40, 6, 3>, Shape<4, 48, 5, 3>, Shape<4, 64, 4, 3>,
+                          Shape<4, 80, 4, 3>, Shape<8, 112, 7, 1>, Shape<8, 144, 6, 1>>;
 
 template <int VARIANT = 0, typename Do>
 auto with_shape(int variant, Do&& act) {

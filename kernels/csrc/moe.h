@@ -11,7 +11,7 @@ constexpr int MAX_EXPERTS = 256;
 
 // The workspace's first bytes are kept from call to call: counters, and what decode's blocks exchange. Zeroed once by
 // the caller.
-constexpr int KEPT_BYTES = 4 * 1024 * 1024;
+constexpr int KEPT_BYTES = 6 * 1024 * 1024;
 
 struct MoeArgs {              // all pointers on the current device
   const void* x;              // bf16 [M, H]
@@ -48,7 +48,7 @@ const char* router_forward(const RouterArgs& args, cudaStream_t stream);
 int64_t workspace_bytes(int M, int H, int I, int local_experts, int top_k);
 
 // Enqueues the layer on `stream`. Returns nullptr, or a static string saying why not. `config` indexes the dispatch
-// table (dispatch.cu); where the decode kernel is asked for and can't take so many tokens, the next one does.
+// table (dispatch.cu); where one of the first two is asked for and can't take the call, the next one does.
 const char* moe_forward(const MoeArgs& args, int config, cudaStream_t stream);
 
 }  // namespace mxfp4_sm120

@@ -77,6 +77,11 @@ __device__ __forceinline__ void mbar_init_fence() {
 // The 128 bytes at `p`.
 __device__ __forceinline__ void prefetch_to_l2(const void* p) { asm volatile("prefetch.global.L2 [%0];" ::"l"(p)); }
 
+// The 2 bytes at `p`, and with them 32, for plain loads to come.
+__device__ __forceinline__ void touch_in_l1(const void* p) {
+  asm volatile("{ .reg .u16 v; ld.global.ca.u16 v, [%0]; }" ::"l"(p) : "memory");
+}
+
 // ---- programmatic dependent launch (nothing before sm_90) ----
 __device__ __forceinline__ void wait_for_previous_kernel() {
 #if __CUDA_ARCH__ >= 900
@@ -143,6 +148,10 @@ __device__ __forceinline__ uint4 load_relaxed(const uint4* p) {  // four values,
 }
 __device__ __forceinline__ void store_relaxed(uint32_t* p, uint32_t v) {
   asm volatile("st.relaxed.gpu.global.u32 [%0], %1;" ::"l"(p), "r"(v) : "memory");
+}
+__device__ __forceinline__ void store_relaxed(uint4* p, uint4 v) {
+  asm volatile("st.relaxed.gpu.global.v4.u32 [%0], {%1,%2,%3,%4};" ::"l"(p), "r"(v.x), "r"(v.y), "r"(v.z), "r"(v.w)
+               : "memory");
 }
 
 // ---- floats ----

@@ -31,7 +31,7 @@ MAX_TOP_K = 8
 # The longest row that the kernel for few tokens holds in registers, and that the others are tested with.
 MAX_SIZE = 7168
 
-# More are computed in parts: longer ones are no faster, and the workspace stays bounded (4 MB, and 46 KB a token of
+# More are computed in parts: longer ones are no faster, and the workspace stays bounded (6 MB, and 46 KB a token of
 # gpt-oss-20b).
 MOST_TOKENS = 8192
 
@@ -43,7 +43,7 @@ BY_RULE = -1
 
 
 class Native(Backend):
-    """Grouped kernels that decode MXFP4 in registers, from router logits to output in one to five launches."""
+    """Grouped kernels that decode MXFP4 in registers, from router logits to output in one to four launches."""
 
     name = "native"
     capturable = True
@@ -280,7 +280,7 @@ def _moe_layer(
     if config == BY_RULE:
         config = choose(_rule(x.device), x.shape[0], x.shape[0] * top_k / num_experts)
     # At least what one token needs, and for a power of two of tokens: then workspaces together are at most twice the
-    # largest (but for 4 MB in each), however the token count grows.
+    # largest (but for 6 MB in each), however the token count grows.
     tokens = min(1 << max(x.shape[0] - 1, 0).bit_length(), MOST_TOKENS)
     bytes_needed = _workspace_bytes(tokens, x.shape[-1], w2.shape[-2] * 32, w2.shape[0], top_k)
     workspace = _workspace(x.device, bytes_needed)
