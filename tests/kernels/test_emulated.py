@@ -95,6 +95,18 @@ def test_the_same_bits_in_any_order(library: ctypes.CDLL, config: int):
     assert all(torch.equal(out, outs[0]) for out in outs)
 
 
+def test_a_few_tokens_get_the_same_bits_beside_many(library: ctypes.CDLL):
+    """Gathered or not, K is cut the same way: what a token gets doesn't depend on how many others there are."""
+    shape = MoEShape(5, 5, 352, 64, 3)
+    x, logits = inputs(shape, 60, 0)
+    layer = Emulated(library, shape, proof.random_weights(shape, "cpu"))
+    library.emulate(3, True, 0)
+    together = layer(x, logits, config=1)
+    for begin in range(0, 60, 6):
+        some = slice(begin, begin + 6)
+        assert torch.equal(layer(x[some], logits[some], config=0), together[some]), begin
+
+
 def test_call_after_call(library: ctypes.CDLL):
     """Some of the workspace carries over: decode takes two exchanges in turn, the grouped kernels leave zeros."""
     shape = MoEShape(5, 5, 96, 64, 3)
