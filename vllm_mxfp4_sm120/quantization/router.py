@@ -29,11 +29,12 @@ class RouterMethod(UnquantizedLinearMethod):
         self.layers = layers  # by name; the experts are made after their router
 
     def process_weights_after_loading(self, layer: Any) -> None:
-        super().process_weights_after_loading(layer)
         experts = self.layers.get(layer.prefix.removesuffix("router") + "experts")
         backend = getattr(getattr(getattr(experts, "routed_experts", None), "quant_method", None), "backend", None)
         if backend is not None and backend.has_router and layer.weight.dtype == torch.bfloat16:
             self.backend = backend
+        else:  # vLLM may pack the weights for its own linear layer, and drop them
+            super().process_weights_after_loading(layer)
 
     def apply(self, layer: Any, x: Tensor, bias: Tensor | None = None) -> Tensor:
         if torch.compiler.is_compiling():
