@@ -30,7 +30,7 @@ from vllm_mxfp4_sm120.backends.base import Backend
 from vllm_mxfp4_sm120.moe import Activation, MoEShape, MoEWeights, reference, topk_softmax
 from vllm_mxfp4_sm120.platform import Machine, driver
 
-# One token and more (decoding: all tokens as columns, then gathered), then 6 to 140 tokens an expert on average for
+# One token and more (decoding: all tokens as columns, then gathered), then 12 to 140 tokens an expert on average for
 # GPT-OSS's 4 of 20, so that each of the native kernels that configs/tuning chooses from has its turn.
 TOKENS = (1, 7, 20, 60, 150, 170, 230, 300, 450, 700)
 EXPERTS = 20

@@ -11,8 +11,8 @@
 // Up to 8 tokens, all of them are columns of every active expert's product: a column whose token did not choose the
 // expert costs nothing that matters here (the tensor cores idle) and is ignored afterwards. A warp's slice of the input
 // stays in its registers for as long as it is the input: the whole of gate-up, and one expert's items of down. More
-// tokens are gathered: an expert's own make its columns, in as many tiles of 8 as it takes, whose items read the same
-// weights about the same time, from L2.
+// tokens are gathered: an expert's own make its columns, in as many tiles of 8 as it takes, each of which reads the
+// expert's weights anew.
 //
 // Blocks hand each other activations, and results in fp32, through the workspace. Each value says by itself whether it
 // is there (DecodeExchange), so nobody needs a fence, a counter or a barrier of the grid to know. Every output is
@@ -127,7 +127,7 @@ struct OwnTokens : Choices<GATHERED_MAX_TOKENS> {
 
   __device__ __forceinline__ void clear(Scratch& scratch) {
     for (int i = threadIdx.x; i < MAX_EXPERTS * WORDS; i += blockDim.x)
-      scratch.tokens[0][i] = 0;
+      reinterpret_cast<uint32_t*>(scratch.tokens)[i] = 0;
   }
   __device__ __forceinline__ static void add(Scratch& scratch, int expert, int token) {
     atomicOr(&scratch.tokens[expert][token / 32], 1u << token % 32);
@@ -256,10 +256,6 @@ template <typename Routing>
 __device__ __forceinline__ void build_routing(const MoeArgs& args, Routing& rt, typename Routing::Scratch& scratch,
                                               int warp, int lane) {
   const int warps = blockDim.x / 32;
-  if (args.M > warps) {  // a warp has several, and would wait for memory with each
-    touch_routes(args);
-    __syncthreads();
-  }
   for (int token = warps - 1 - warp; token < args.M; token += warps) {  // main warps last: they have inputs to load
     const Choice c = route_token(args, token, lane, /*merge=*/true);
     if (lane < MAX_TOP_K) {

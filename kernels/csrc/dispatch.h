@@ -34,7 +34,7 @@ struct GroupedWorkspace {
   uint2* y;       // [M * k, H / 4] by pack_four, in that order
 };
 
-// Token tiles of the grouped GEMMs, at most: full ones of 8 tokens, and each expert's rest.
+// Token tiles of the grouped GEMMs, at most: no full one has fewer than 8 tokens, and each expert may have a rest.
 __host__ __device__ inline int max_token_tiles(int M, int local_experts, int top_k) {
   return M * top_k / 8 + local_experts;
 }

@@ -77,11 +77,6 @@ __device__ __forceinline__ void mbar_init_fence() {
 // The 128 bytes at `p`.
 __device__ __forceinline__ void prefetch_to_l2(const void* p) { asm volatile("prefetch.global.L2 [%0];" ::"l"(p)); }
 
-// The 2 bytes at `p`, and with them 32, for plain loads to come.
-__device__ __forceinline__ void touch_in_l1(const void* p) {
-  asm volatile("{ .reg .u16 v; ld.global.ca.u16 v, [%0]; }" ::"l"(p) : "memory");
-}
-
 // ---- programmatic dependent launch (nothing before sm_90) ----
 __device__ __forceinline__ void wait_for_previous_kernel() {
 #if __CUDA_ARCH__ >= 900

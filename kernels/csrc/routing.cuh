@@ -60,20 +60,6 @@ __device__ __forceinline__ TopK find_top_k(const MoeArgs& args, int token, int l
   return found;
 }
 
-// Brings what all tokens' choices are made from close to this multiprocessor.
-__device__ __forceinline__ void touch_routes(const MoeArgs& args) {
-  auto touch = [](const void* first, int bytes) {
-    for (int at = threadIdx.x * 32; at < bytes; at += blockDim.x * 32)
-      touch_in_l1(static_cast<const uint8_t*>(first) + at);
-  };
-  if (args.router_logits != nullptr) {
-    touch(args.router_logits, args.M * args.num_experts * (args.logits_fp32 ? 4 : 2));
-  } else {
-    touch(args.topk_ids, args.M * args.top_k * 4);
-    touch(args.topk_weights, args.M * args.top_k * 4);
-  }
-}
-
 // Lane j < k returns the j-th choice of `token`: local expert (-1: not on this rank) and its weight.
 // A repeated expert keeps its own slot unless `merge`: then the first one gets the summed weight and the others become
 // -1.

@@ -44,7 +44,6 @@ inline void bulk_copy(uint32_t dst, const void* src, uint32_t bytes, uint32_t ba
   emu::mbarrier(bar).copies.push_back(copy);
 }
 inline void prefetch_to_l2(const void*) {}
-inline void touch_in_l1(const void*) {}
 inline void wait_for_previous_kernel() {}
 inline void let_next_kernel_start() {}
 
