@@ -6,8 +6,8 @@ namespace mxfp4_sm120 {
 
 // The decode kernel's forms: with all tokens as columns, which takes 8, and with tokens gathered by expert.
 constexpr int GATHERED_MAX_TOKENS = 64;
-// Activations, or results, of a call's slots together, at most: of 64 tokens of GPT-OSS.
-constexpr int DECODE_MAX_VALUES = 64 * 4 * 2880;
+// Activations, or results, of a call's slots together, at most: as many as GPT-OSS's top-k and sizes make of so many.
+constexpr int DECODE_MAX_VALUES = GATHERED_MAX_TOKENS * 4 * 2880;
 
 // What blocks of the decode kernel hand each other says by itself whether it is there. It is complemented, and 0 is
 // nothing: no number's complement is 0, for no arithmetic makes a NaN of ones only. Two bf16s are one such value.
