@@ -41,6 +41,15 @@ class MoEShape:
     has_bias: bool = True
     activation: Activation = Activation.SWIGLU_OAI
 
+    def __post_init__(self) -> None:
+        """Raises ValueError for a layer that has no meaning: no experts, or more chosen or local than there are."""
+        if self.num_experts < 1:
+            raise ValueError(f"a layer of {self.num_experts} experts, expected at least 1")
+        if not 0 <= self.local_experts <= self.num_experts:
+            raise ValueError(f"{self.local_experts} local experts of {self.num_experts}, expected 0 to all of them")
+        if not 1 <= self.top_k <= self.num_experts:
+            raise ValueError(f"{self.top_k} experts per token of {self.num_experts}, expected 1 to {self.num_experts}")
+
     @property
     def packed_bytes_per_expert(self) -> int:
         """Bytes of one expert's packed weights and scales, without biases: 17 bytes for every 32 values."""
@@ -96,10 +105,12 @@ class MoEWeights:
 def topk_softmax(router_logits: Tensor, top_k: int) -> tuple[Tensor, Tensor]:
     """GPT-OSS's routing: the k largest logits, then a softmax over just those.
 
-    router_logits [M, E] of any floating dtype -> topk_ids int64 [M, k], topk_weights float32 [M, k].
+    router_logits [M, E] of any floating dtype -> topk_ids int64 [M, k], topk_weights float32 [M, k]. Of equal logits
+    the lower id comes first. NaN is larger than any number, as in torch.topk, and makes all gates of its token NaN; so
+    do +infinity and a choice of nothing but -infinity, for the softmax subtracts the largest.
     """
-    values, ids = router_logits.float().topk(top_k, dim=-1)
-    return ids, values.softmax(dim=-1)
+    values, ids = router_logits.float().sort(dim=-1, descending=True, stable=True)
+    return ids[:, :top_k], values[:, :top_k].softmax(dim=-1)
 
 
 def activate(gate_up: Tensor, activation: Activation) -> Tensor:
@@ -127,12 +138,16 @@ def reference(
     BF16, which alone makes a relative error of 1.65e-3.
 
     topk_ids [M, k] are global expert ids; expert_map int [num_experts] gives the local id, or -1 where the expert
-    lives elsewhere (its share is left out, as expert parallelism sums over ranks).
+    lives elsewhere (its share is left out, as expert parallelism sums over ranks). So is the share of any id, or local
+    id, that no expert has.
     """
+    local_experts = weights.w2.shape[0]
     out = torch.zeros(x.shape[0], weights.w2.shape[1], dtype=dtype, device=x.device)
     for expert in topk_ids.unique().tolist():
-        local = expert if expert_map is None else int(expert_map[expert])
-        if local < 0:
+        local = expert
+        if expert_map is not None:
+            local = int(expert_map[expert]) if 0 <= expert < len(expert_map) else -1
+        if not 0 <= local < local_experts:
             continue
         token, slot = (topk_ids == expert).nonzero(as_tuple=True)
         w13 = mxfp4.dequantize(weights.w13[local], weights.w13_scale[local], dtype)

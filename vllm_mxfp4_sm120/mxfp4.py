@@ -15,6 +15,7 @@ BLOCK = 32  # values that share a scale: the MX specification's block size, and 
 NAN_SCALE = 255
 SCALE_BIAS = 127
 E2M1_MAX_EXPONENT = 2  # of 6 = 1.5 * 2^2, the largest E2M1 value
+MAX_FINITE_SCALE = 252  # 6 * 2^(252 - 127) is a BF16 and float32 number, the next scale's 6 is infinite in both
 
 # Code -> value. The sign is bit 3; 0 and 8 are the two zeros, 1 and 9 the subnormal.
 E2M1_VALUES = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0, -0.0, -0.5, -1.0, -1.5, -2.0, -3.0, -4.0, -6.0)
@@ -65,6 +66,20 @@ def dequantize(codes: Tensor, scales: Tensor, dtype: torch.dtype = torch.bfloat1
     words = _pair_table(dtype, codes.device).index_select(0, codes.int().reshape(-1))
     values = words.view(dtype).view(*scales.shape, BLOCK)
     return values.mul_(scale_values(scales, dtype)[..., None]).flatten(-2)
+
+
+def first_outside(codes: Tensor, scales: Tensor, low: int, high: int) -> tuple[int, int, int] | None:
+    """The first block (expert, row, block) whose scale is not `low` to `high`, None if every block's is.
+
+    codes uint8 [E, rows, K/2], scales uint8 [E, rows, K/32]. A block of zeros may have any scale but NaN. Waits for the
+    device.
+    """
+    outside = (scales < low) | (scales > high)
+    for expert in outside.any(-1).any(-1).nonzero()[:, 0].tolist():
+        nonzero = (codes[expert] & 0x77).unflatten(-1, (-1, BLOCK // 2)).any(-1)
+        for row, block in (outside[expert] & (nonzero | (scales[expert] == NAN_SCALE))).nonzero()[:1].tolist():
+            return expert, row, block
+    return None
 
 
 def quantize(values: Tensor) -> tuple[Tensor, Tensor]:

@@ -20,6 +20,21 @@ ACCEPTED = (
 )
 
 
+def local_ids(topk_ids: Tensor, local_experts: int, expert_map: Tensor | None = None) -> Tensor:
+    """topk_ids [...] of any integer dtype and any value -> int64 [...]: the local expert, -1 where it isn't here.
+
+    Not here is what lies outside 0 to num_experts - 1, and what expert_map [num_experts] sends outside 0 to
+    local_experts - 1. Doesn't wait for the device. Raises RuntimeError for ids that aren't integers.
+    """
+    if topk_ids.is_floating_point() or topk_ids.is_complex() or topk_ids.dtype == torch.bool:
+        raise RuntimeError(f"routing: experts are {_describe(topk_ids)}, expected integers; are ids and gates swapped?")
+    ids = topk_ids.long()
+    if expert_map is not None:
+        known = (ids >= 0) & (ids < expert_map.numel())
+        ids = torch.where(known, expert_map[torch.where(known, ids, 0)].long(), -1)
+    return torch.where((ids >= 0) & (ids < local_experts), ids, -1)
+
+
 @dataclass(frozen=True)
 class Routing:
     """P pairs of a token and an expert that it chose, among `num_tokens` tokens.

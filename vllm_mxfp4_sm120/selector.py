@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
 from importlib import import_module
 
 from vllm_mxfp4_sm120 import envs, proof
 from vllm_mxfp4_sm120.backends.base import Backend
-from vllm_mxfp4_sm120.moe import MoEShape
+from vllm_mxfp4_sm120.moe import MoEShape, MoEWeights
 from vllm_mxfp4_sm120.platform import Machine
 
 # Every backend, by the file that holds it. "upcast" is never chosen by itself: it gives up what this plugin is for.
@@ -104,22 +104,57 @@ class Choice:
         return f"MXFP4 experts on {self.machine.name} ({self.machine.sm}): {self.backend.name}{by}{passed}"
 
 
+class NoBackend(ValueError):
+    """Nothing can run, or the backend that was asked for can't: with every reason."""
+
+    def __init__(self, machine: Machine, request: Request, rejected: tuple[Candidate, ...]) -> None:
+        self.rejected = rejected
+        reasons = "; ".join(f"{candidate.name}: {candidate.reason}" for candidate in rejected)
+        if request.backend != "auto":
+            super().__init__(f"{request.asked_by} asks for a backend that can't be used: {reasons}")
+        else:
+            super().__init__(f"no MXFP4 backend for {machine.name} ({machine.sm}): {reasons}")
+
+
 @lru_cache
-def select(machine: Machine, shape: MoEShape, request: Request = Request()) -> Choice:
+def select(machine: Machine, shape: MoEShape, request: Request = Request(), behind: str | None = None) -> Choice:
     """The backend for layers of `shape` on `machine`, decided once per process.
 
-    Raises ValueError, with every reason, when nothing can run or when the backend that was asked for can't.
+    With `behind`, of the candidates behind that one. Raises NoBackend, a ValueError.
     """
+    names = order(machine, request)
     looked_at: list[Candidate] = []
-    for name in order(machine, request):
+    for name in names[names.index(behind) + 1 :] if behind else names:
         candidate = look_at(name, machine, shape, request)
         if candidate.reason is None:
             return Choice(load(name), request.asked_by, machine, tuple(looked_at))
         looked_at.append(candidate)
-    reasons = "; ".join(f"{candidate.name}: {candidate.reason}" for candidate in looked_at)
-    if request.backend != "auto":
-        raise ValueError(f"{request.asked_by} asks for a backend that can't be used: {reasons}")
-    raise ValueError(f"no MXFP4 backend for {machine.name} ({machine.sm}): {reasons}")
+    raise NoBackend(machine, request, tuple(looked_at))
+
+
+def fall_through(
+    choice: Choice, shape: MoEShape, weights: MoEWeights, request: Request = Request(), layer: str = ""
+) -> Choice:
+    """`choice` if its backend can represent these loaded weights, else the next candidate that can run and does.
+
+    One wait for the device where `choice` stands; then its text says nothing new. Raises NoBackend where nothing takes
+    them, ValueError for a scale that is NaN.
+    """
+    passed = choice.rejected
+    prefix = f"{layer}." if layer else ""
+    while True:
+        try:
+            reason = choice.backend.why_not_weights(weights)
+        except ValueError as error:
+            raise ValueError(f"{prefix}{error}") from None
+        if reason is None:
+            return replace(choice, rejected=passed)
+        passed = (*passed, Candidate(choice.backend.name, f"{prefix}{reason}"))
+        try:
+            choice = select(choice.machine, shape, request, behind=choice.backend.name)
+        except NoBackend as error:
+            raise NoBackend(choice.machine, request, (*passed, *error.rejected)) from None
+        passed = (*passed, *choice.rejected)
 
 
 def order(machine: Machine, request: Request = Request()) -> tuple[str, ...]:

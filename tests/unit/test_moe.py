@@ -48,6 +48,30 @@ def test_experts_that_live_elsewhere_are_left_out_and_ranks_add_up():
     torch.testing.assert_close(total, reference(weights, x, ids, gates))
 
 
+def test_equal_logits_go_to_the_lower_id_and_nan_is_the_largest():
+    inf, nan = float("inf"), float("nan")
+    logits = torch.tensor([[1.0, 2, 2, 2], [1, nan, 5, nan], [inf, 0, 0, 1], [-inf, 3, -inf, -inf], [-inf] * 4])
+    ids, gates = topk_softmax(logits.bfloat16(), 2)
+    assert ids.tolist() == [[1, 2], [1, 3], [0, 3], [1, 0], [0, 1]]
+    assert gates[0].tolist() == [0.5, 0.5] and gates[3].tolist() == [1, 0]
+    assert gates[[1, 4]].isnan().all() and gates[2, 0].isnan()
+
+
+@pytest.mark.parametrize(
+    "counts, message",
+    [
+        ((0, 0, 1), "a layer of 0 experts, expected at least 1"),
+        ((4, 5, 1), "5 local experts of 4, expected 0 to all of them"),
+        ((4, 4, 5), "5 experts per token of 4, expected 1 to 4"),
+        ((4, 4, 0), "0 experts per token of 4, expected 1 to 4"),
+    ],
+)
+def test_a_layer_without_meaning_is_refused(counts, message):
+    experts, local, top_k = counts
+    with pytest.raises(ValueError, match=f"^{message}$"):
+        MoEShape(experts, local, 64, 64, top_k)
+
+
 def test_silu_is_torchs():
     gate_up = torch.randn(5, 12)
     expected = torch.nn.functional.silu(gate_up[:, ::2]) * gate_up[:, 1::2]

@@ -9,7 +9,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from vllm_mxfp4_sm120.routing import ACCEPTED, Routing, Segment
+from vllm_mxfp4_sm120.routing import ACCEPTED, Routing, Segment, local_ids
 
 IDS = torch.tensor([[2, 0], [1, 2], [2, 2]])
 GATES = torch.tensor([[0.75, 0.25], [0.5, 0.5], [1.0, 0.0]])
@@ -206,3 +206,18 @@ def test_gates_are_checked_on_request(monkeypatch):
 def test_rounded_gates_pass_the_check(monkeypatch, dtype):
     monkeypatch.setenv("MXFP4_SM120_VALIDATE_GATE", "1")
     Routing.from_logits(torch.randn(500, 32, generator=torch.Generator().manual_seed(0)).to(dtype), 4)
+
+
+ANY_IDS = [0, 3, 4, 7, 8, -1, -8, -65536, -65535, 65536, 2**31 - 1, -(2**31)]
+EXPERT_MAP = torch.tensor([-1, 0, -1, 1, -1, 2, 9, -7], dtype=torch.int32)  # the last two: no local expert either
+
+
+@pytest.mark.parametrize("dtype", [torch.int32, torch.int64])
+def test_ids_that_no_expert_has_are_not_here(dtype):
+    ids = torch.tensor([ANY_IDS], dtype=dtype)
+    assert local_ids(ids, 8).tolist() == [[i if 0 <= i < 8 else -1 for i in ANY_IDS]]
+    expected = [{3: 1}.get(i, -1) for i in ANY_IDS]
+    assert local_ids(ids, 3, EXPERT_MAP).tolist() == [expected]
+    assert local_ids(torch.tensor([-(2**63), 2**63 - 1, 2**32]), 8).tolist() == [-1, -1, -1]
+    with pytest.raises(RuntimeError, match="expected integers"):
+        local_ids(torch.zeros(2, 2), 8)

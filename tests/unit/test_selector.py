@@ -4,6 +4,7 @@ import pytest
 from machines import GPT_OSS, NO_FLASHINFER, NO_SM120, NO_TRITON, NOT_BUILT, install, machine
 
 from vllm_mxfp4_sm120 import proof, selector
+from vllm_mxfp4_sm120.moe import MoEShape
 
 
 @pytest.fixture(autouse=True)
@@ -163,3 +164,55 @@ def test_a_decision_is_made_once(monkeypatch):
     for _ in range(24):
         selector.select(machine("H100"), GPT_OSS)
     assert proofs == ["native"]
+
+
+SMALL = MoEShape(4, 4, 64, 96, 2)
+LAYER = "model.layers.3.mlp.experts"
+
+
+def loaded_with(scale, codes=0x11):
+    """Loaded weights, one block of which has that scale and those codes."""
+    weights = proof.random_weights(SMALL, "cpu")
+    weights.w2_scale[3, 5, 1] = scale
+    weights.w2[3, 5, 16:32] = codes
+    return weights
+
+
+TO_TRITON = f"triton; not native: {LAYER}.down_proj_scales[3, 5, 1] is {{}}, the native backend takes 43 to 176"
+TO_TILED = f"tiled; not native: {LAYER}.down_proj_scales[3, 5, 1] is {{}}, the native backend takes 43 to 176; " \
+           f"not triton: {LAYER}.down_proj_scales[3, 5, 1] is {{}}, the triton backend takes 0 to 128"  # fmt: skip
+
+
+@pytest.mark.parametrize("weights, line", [
+    (loaded_with(43), "native"), (loaded_with(176), "native"),
+    (loaded_with(0, codes=0), "native"), (loaded_with(254, codes=0x88), "native"),
+    (loaded_with(42), TO_TRITON.format(42)), (loaded_with(0), TO_TRITON.format(0)),
+    (loaded_with(177), TO_TILED.format(177, 177)), (loaded_with(252), TO_TILED.format(252, 252)),
+])  # fmt: skip
+def test_weights_outside_a_backends_range_go_to_the_next(monkeypatch, weights, line):
+    install(monkeypatch)
+    choice = selector.select(machine("H100"), SMALL)
+    choice = selector.fall_through(choice, SMALL, weights, layer=LAYER)
+    assert str(choice) == f"MXFP4 experts on H100 (sm_90): {line}"
+
+
+def test_the_next_backend_must_prove_itself_too(monkeypatch):
+    install(monkeypatch, failing={"triton": "wrong numbers"})
+    choice = selector.fall_through(selector.select(machine("H100"), SMALL), SMALL, loaded_with(42))
+    assert choice.backend.name == "tiled" and str(choice).endswith("; not triton: wrong numbers")
+
+
+def test_weights_that_nothing_takes(monkeypatch):
+    install(monkeypatch)
+    choice = selector.select(machine("cpu"), SMALL)
+    with pytest.raises(
+        ValueError, match=r"^no MXFP4 .*: tiled: down_proj_scales\[3, 5, 1\] is 254, .* 0 to 252$"
+    ):
+        selector.fall_through(choice, SMALL, loaded_with(254))
+    for codes in (0, 0x11):  # NaN times zero is NaN
+        with pytest.raises(ValueError, match=r"^L\.down_proj_scales\[3, 5, 1\] is 255 \(NaN\), expected 0 to 254"):
+            selector.fall_through(choice, SMALL, loaded_with(255, codes), layer="L")
+    request = selector.Request("native", "MXFP4_SM120_BACKEND")
+    choice = selector.select(machine("H100"), SMALL, request)
+    with pytest.raises(ValueError, match=r"^MXFP4_SM120_BACKEND asks for a backend that can't be used: native: d"):
+        selector.fall_through(choice, SMALL, loaded_with(42), request)

@@ -9,6 +9,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
+from vllm_mxfp4_sm120 import mxfp4
 from vllm_mxfp4_sm120.moe import MoEShape, MoEWeights, topk_softmax
 from vllm_mxfp4_sm120.platform import Machine
 
@@ -30,6 +31,8 @@ class Backend(ABC):
     has_router: ClassVar[bool] = False
     # Largest relative error (Frobenius) against the float64 reference that its proof accepts; BF16 rounding makes 4e-3.
     tolerance: ClassVar[float] = 1e-2
+    # The E8M0 scale codes of blocks that aren't all zero with which its arithmetic is exact, the first and the last.
+    scale_range: ClassVar[tuple[int, int]] = (0, mxfp4.MAX_FINITE_SCALE)
 
     def __init__(self, shape: MoEShape) -> None:
         self.shape = shape
@@ -38,6 +41,30 @@ class Backend(ABC):
     @abstractmethod
     def why_not(cls, machine: Machine, shape: MoEShape) -> str | None:
         """One line saying why this backend can't run that shape on that machine; None if it can."""
+
+    @classmethod
+    def why_not_weights(cls, weights: MoEWeights) -> str | None:
+        """One line that names the first block whose scale this backend can't represent; None if there is none.
+
+        Reads each tensor of scales once and waits for the device once, unless a scale lies outside `scale_range`.
+        Raises ValueError for a scale of 255, NaN, which no backend takes.
+        """
+        low, high = cls.scale_range
+        named = {"gate_up_proj": (weights.w13, weights.w13_scale), "down_proj": (weights.w2, weights.w2_scale)}
+        if not all(scales.numel() for _, scales in named.values()):
+            return None
+        extremes = torch.stack([extreme for _, scales in named.values() for extreme in scales.aminmax()]).tolist()
+        if low <= min(extremes) and max(extremes) <= high:
+            return None
+        if mxfp4.NAN_SCALE in extremes:
+            low, high = 0, mxfp4.NAN_SCALE - 1
+        for name, (codes, scales) in named.items():
+            if (block := mxfp4.first_outside(codes, scales, low, high)) is not None:
+                where, code = f"{name}_scales{list(block)}", int(scales[block])
+                if code == mxfp4.NAN_SCALE:
+                    raise ValueError(f"{where} is 255 (NaN), expected 0 to 254; the checkpoint is damaged")
+                return f"{where} is {code}, the {cls.name} backend takes {low} to {high}"
+        return None
 
     @abstractmethod
     def prepare(self, weights: MoEWeights) -> dict[str, Tensor]:
@@ -58,13 +85,23 @@ class Backend(ABC):
         """x bf16 [M, H], topk_ids int32/int64 [M, k] (global), topk_weights float32 [M, k] -> bf16 [M, H].
 
         expert_map int32 [num_experts] -> local id or -1 (this rank's share is left out), None when all are local.
-        M may be 0.
+        M may be 0. `moe.reference` in float64 defines the answer, for any input:
+        - An id below 0 or from num_experts on, like a local id below 0 or from local_experts on, is an expert that
+          isn't here. What isn't here adds nothing, whatever its gate.
+        - NaN and infinity follow IEEE 754: where the reference is NaN or infinite, so is the answer (one or the other),
+          and never in another token's row. The clamps of SwiGLU keep NaN, and bring +-infinity to their limits.
+        - A NaN in x makes its row NaN, as does a NaN gate; so, from logits, do a NaN logit, a logit of +infinity, and
+          -infinity for all k chosen (`topk_softmax`). Where none of the token's experts are here, the row is 0.
+        - What float32 or BF16 can't hold (beyond 3.4e38) on the way is infinite, and may become NaN.
         """
 
     def forward_logits(
         self, prepared: Prepared, x: Tensor, router_logits: Tensor, expert_map: Tensor | None = None
     ) -> Tensor:
-        """The same from router logits [M, num_experts]; backends that route inside their kernels override it."""
+        """The same from router logits [M, num_experts]; backends that route inside their kernels override it.
+
+        Of equal logits the lower id is chosen.
+        """
         topk_ids, topk_weights = topk_softmax(router_logits, self.shape.top_k)
         return self.forward(prepared, x, topk_ids, topk_weights, expert_map)
 

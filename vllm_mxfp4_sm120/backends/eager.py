@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from vllm_mxfp4_sm120.backends.base import Backend, Prepared
-from vllm_mxfp4_sm120.routing import Grouped, Routing, Segment
+from vllm_mxfp4_sm120.routing import Grouped, Routing, Segment, local_ids
 
 
 class Eager(Backend):
@@ -25,8 +25,8 @@ class Eager(Backend):
         topk_weights: Tensor,
         expert_map: Tensor | None = None,
     ) -> Tensor:
-        local_ids = topk_ids if expert_map is None else expert_map[topk_ids.long()]
-        grouped = Routing.from_topk(local_ids, topk_weights).group()
+        here = local_ids(topk_ids, self.shape.local_experts, expert_map)
+        grouped = Routing.from_topk(here, topk_weights).group()
         # A row for every chosen (token, expert) pair: no two experts add to the same place, so order can't change bits.
         pairs = torch.zeros(topk_ids.numel(), x.shape[1], dtype=torch.float32, device=x.device)
         self.run(prepared, [segment for segment in grouped.segments() if segment.expert >= 0], grouped, x, pairs)

@@ -19,6 +19,7 @@ from torch import Tensor
 from vllm_mxfp4_sm120.backends.base import Backend, Prepared
 from vllm_mxfp4_sm120.moe import SWIGLU_ALPHA, SWIGLU_LIMIT, Activation, MoEShape, MoEWeights
 from vllm_mxfp4_sm120.platform import Machine
+from vllm_mxfp4_sm120.routing import local_ids
 
 log = logging.getLogger(__name__)
 
@@ -112,11 +113,12 @@ class FlashInferTrtllm(Backend):
     ) -> Tensor:
         from flashinfer import trtllm_fp4_block_scale_routed_moe
 
-        topk_ids = topk_ids.int()
-        if expert_map is not None:
-            # The call knows experts on other ranks by a range of ids. Any map becomes that: ours first, then the rest.
-            local = expert_map[topk_ids.long()].int()
-            topk_ids = torch.where(local >= 0, local, self.shape.local_experts)
+        # The call knows experts on other ranks by a range of ids. Any map becomes that: ours first, then the rest. What
+        # isn't here gets no gate either, for without a map there is no such range.
+        local = local_ids(topk_ids, self.shape.local_experts, expert_map)
+        last = min(self.shape.local_experts, self.shape.num_experts - 1)
+        topk_ids = torch.where(local >= 0, local, last).int()
+        topk_weights = torch.where(local >= 0, topk_weights, 0)
         out = torch.empty_like(x)
         if x.shape[0]:
             trtllm_fp4_block_scale_routed_moe(

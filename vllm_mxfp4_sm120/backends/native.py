@@ -18,7 +18,7 @@ from torch import Tensor
 
 from vllm_mxfp4_sm120 import config_path, envs
 from vllm_mxfp4_sm120.backends.base import Backend, Prepared
-from vllm_mxfp4_sm120.backends.native_layout import check_scales, tile_experts
+from vllm_mxfp4_sm120.backends.native_layout import MAX_SCALE, MIN_SCALE, check_scales, tile_experts
 from vllm_mxfp4_sm120.moe import Activation, MoEShape, MoEWeights
 from vllm_mxfp4_sm120.platform import Machine
 
@@ -48,6 +48,7 @@ class Native(Backend):
     name = "native"
     capturable = True
     has_router = True
+    scale_range = (MIN_SCALE, MAX_SCALE)
 
     @classmethod
     def why_not(cls, machine: Machine, shape: MoEShape) -> str | None:

@@ -383,6 +383,7 @@ class Triton(Backend):
 
     name = "triton"
     capturable = True
+    scale_range = (0, MAX_SCALE)
 
     @classmethod
     def why_not(cls, machine: Machine, shape: MoEShape) -> str | None:
