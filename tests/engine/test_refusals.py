@@ -13,6 +13,7 @@ from safetensors.torch import load_file, save_file
 
 from tests.engine.conftest import ENV
 from vllm_mxfp4_sm120 import plugin
+from vllm_mxfp4_sm120.checkpoint import INDEX
 from vllm_mxfp4_sm120.cli.serve import Server
 
 SHARD = "model-00001-of-00001.safetensors"
@@ -95,14 +96,17 @@ def test_pack_layout(copy: Path) -> None:
 
 def test_missing_scales(copy: Path) -> None:
     edit_tensor(copy, f"{DOWN}_scales", lambda _: None)
-    assert refusal(copy) == (f"{copy}: {DOWN}_scales is missing, expected U8 [16, 192, 5]; fetch the checkpoint again")
+    assert refusal(copy) == (
+        f"{copy / INDEX}: says that {DOWN}_scales lies in {SHARD}, which doesn't hold it; "
+        "index and shards don't belong together, fetch both again"
+    )
 
 
 def test_wrong_dtype(copy: Path) -> None:
     edit_tensor(copy, f"{DOWN}_blocks", lambda blocks: blocks.bfloat16())
     assert refusal(copy) == (
         f"{copy / SHARD}: {DOWN}_blocks is BF16 [16, 192, 5, 16], expected U8 [16, 192, 5, 16]; "
-        "config.json and weights don't belong together, fetch the checkpoint again"
+        "config.json and weights don't belong together"
     )
 
 
@@ -110,7 +114,7 @@ def test_wrong_shape(copy: Path) -> None:
     edit_tensor(copy, f"{DOWN}_blocks", lambda blocks: blocks[:, :, :4].contiguous())
     assert refusal(copy) == (
         f"{copy / SHARD}: {DOWN}_blocks is U8 [16, 192, 4, 16], expected U8 [16, 192, 5, 16]; "
-        "config.json and weights don't belong together, fetch the checkpoint again"
+        "config.json and weights don't belong together"
     )
 
 

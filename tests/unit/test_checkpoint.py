@@ -1,87 +1,50 @@
-"""Checkpoints: written and read back, and the exact words for each way in which one can be wrong."""
+# SPDX-License-Identifier: Apache-2.0
+"""Checkpoints: written and read back, headers alone, limits of the environment. What is refused: tests/faults."""
 
 import json
 import math
+import os
 import resource
 import shutil
+import stat
 import struct
 
 import pytest
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 
+from tests.support.checkpoints import CONFIG, SHARD, change_config, change_tensors, rename_tensors, write_small
 from vllm_mxfp4_sm120 import checkpoint
-from vllm_mxfp4_sm120.checkpoint import Checkpoint, Packing, Sizes, Writer, check_scales
-from vllm_mxfp4_sm120.moe import MoEWeights
+from vllm_mxfp4_sm120.checkpoint import Checkpoint, FiniteCheck, Packing, Sizes, Writer, check_scales, required_tensors
+from vllm_mxfp4_sm120.checkpoint import config as config_module
 from vllm_mxfp4_sm120.proof import random_weights
 
-CONFIG = {
-    "model_type": "gpt_oss",
-    "num_hidden_layers": 2,
-    "num_local_experts": 3,
-    "hidden_size": 96,
-    "intermediate_size": 64,
-    "num_experts_per_tok": 2,
-    "quantization_config": {"quant_method": "mxfp4"},
-}
 SIZES = Sizes.from_config(CONFIG)
 SCALES = "model.layers.1.mlp.experts.down_proj_scales"
-BIAS = "model.layers.0.mlp.experts.gate_up_proj_bias"
 
 
 @pytest.fixture(autouse=True)
 def fresh_environment(monkeypatch):
     monkeypatch.delenv("MXFP4_SM120_GROUP_SIZE", raising=False)
     monkeypatch.delenv("MXFP4_SM120_PACK_LAYOUT", raising=False)
-    checkpoint._overrides.cache_clear()
+    config_module._overrides.cache_clear()
     yield
-    checkpoint._overrides.cache_clear()
-
-
-def write(directory, shard_bytes=1 << 30) -> list[MoEWeights]:
-    layers = [random_weights(SIZES.layer, "cpu", seed) for seed in range(SIZES.num_layers)]
-    with Writer(directory, shard_bytes) as writer:
-        for layer, weights in enumerate(layers):
-            writer.add_experts(layer, weights)
-        writer.write_json("config.json", CONFIG)
-    return layers
+    config_module._overrides.cache_clear()
 
 
 @pytest.fixture
 def directory(tmp_path):
-    write(tmp_path / "model")
+    write_small(tmp_path / "model")
     return tmp_path / "model"
-
-
-def change(directory, tensors):
-    """Replace or, with None, remove tensors of the only shard."""
-    (file,) = directory.glob("*.safetensors")
-    state = load_file(file) | tensors
-    save_file({name: tensor for name, tensor in state.items() if tensor is not None}, file)
-    return file
-
-
-def refuse(directory) -> str:
-    """The reason for which the directory is refused; it stays as it was."""
-    before = {path: path.stat() for path in directory.glob("*")} if directory.is_dir() else None
-    with pytest.raises(ValueError) as error:
-        Checkpoint(directory)
-    after = {path: path.stat() for path in directory.glob("*")} if directory.is_dir() else None
-    assert "\n" not in str(error.value)
-    assert before is None or [s.st_mtime_ns for s in before.values()] == [s.st_mtime_ns for s in after.values()]
-    return str(error.value)
-
-
-def change_config(directory, **values):
-    (directory / "config.json").write_text(json.dumps(CONFIG | values))
 
 
 @pytest.mark.parametrize("shard_bytes", [1 << 30, 20_000, 1])
 def test_what_is_written_is_read_back(tmp_path, shard_bytes):
-    layers = write(tmp_path / "model", shard_bytes)
+    layers = write_small(tmp_path / "model", shard_bytes=shard_bytes)
     opened = Checkpoint(tmp_path / "model")
     assert opened.sizes == SIZES
     assert opened.packing == Packing(32, "low_nibble_first")
+    assert opened.renamed == {}
     for layer, weights in enumerate(layers):
         for name, tensor in vars(opened.read_layer(layer)).items():
             assert torch.equal(tensor, getattr(weights, name)), name
@@ -89,9 +52,7 @@ def test_what_is_written_is_read_back(tmp_path, shard_bytes):
 
 def test_the_layout_is_the_published_one(directory):
     weights = random_weights(SIZES.layer, "cpu", 0)
-    (file,) = directory.glob("*.safetensors")
-    assert file.name == "model-00001-of-00001.safetensors"
-    state = load_file(file)
+    state = load_file(directory / SHARD)
     prefix = "model.layers.0.mlp.experts."
     assert {
         name.removeprefix(prefix): list(tensor.shape) for name, tensor in state.items() if name.startswith(prefix)
@@ -105,17 +66,46 @@ def test_the_layout_is_the_published_one(directory):
     }
     assert torch.equal(state[f"{prefix}gate_up_proj_blocks"].flatten(-2), weights.w13)
     index = json.loads((directory / "model.safetensors.index.json").read_text())
-    assert index["weight_map"] == dict.fromkeys(state, file.name)
+    assert index["weight_map"] == dict.fromkeys(state, SHARD)
     assert index["metadata"]["total_size"] == sum(tensor.nbytes for tensor in state.values())
 
 
+def test_required_tensors_are_those_of_transformers():
+    """Names and shapes of transformers' own state dict, experts aside, which it holds unpacked."""
+    from transformers import GptOssConfig, GptOssForCausalLM
+
+    config = {key: value for key, value in CONFIG.items() if key != "quantization_config"}
+    with torch.device("meta"):
+        state = GptOssForCausalLM(GptOssConfig(**config)).state_dict()
+    for tied in (False, True):
+        required = required_tensors(CONFIG | {"tie_word_embeddings": tied})
+        dense = {name: info.shape for name, info in required.items() if ".experts." not in name}
+        theirs = {name: tuple(tensor.shape) for name, tensor in state.items() if ".experts." not in name}
+        assert dense == {name: shape for name, shape in theirs.items() if not (tied and name == "lm_head.weight")}
+        for name, tensor in state.items():
+            if name.endswith("_bias") and ".experts." in name:
+                assert required[name].shape == tuple(tensor.shape)
+
+
 def test_shards_hold_no_more_than_they_may(tmp_path):
-    write(tmp_path / "model", 20_000)
+    write_small(tmp_path / "model", shard_bytes=20_000)
     shards = list((tmp_path / "model").glob("*.safetensors"))
     assert len(shards) > 2
     for shard in shards:
         tensors = load_file(shard)
         assert len(tensors) == 1 or sum(tensor.nbytes for tensor in tensors.values()) <= 20_000
+
+
+@pytest.mark.parametrize("umask", [0o022, 0o027])
+def test_files_get_the_modes_that_the_umask_gives(tmp_path, umask):
+    before = os.umask(umask)
+    try:
+        write_small(tmp_path / "model")
+    finally:
+        os.umask(before)
+    for path in (tmp_path / "model").iterdir():
+        assert stat.S_IMODE(path.stat().st_mode) == 0o666 & ~umask, path
+    assert stat.S_IMODE((tmp_path / "model").stat().st_mode) == 0o777 & ~umask
 
 
 def test_a_failed_write_leaves_nothing(tmp_path):
@@ -145,82 +135,30 @@ def test_a_tensor_added_twice_is_refused(tmp_path):
     assert list(tmp_path.iterdir()) == []
 
 
-def test_truncated_safetensors(directory):
-    (file,) = directory.glob("*.safetensors")
-    file.write_bytes(file.read_bytes()[:-1000])
-    size = file.stat().st_size
-    assert refuse(directory) == (
-        f"{file}: cut short or damaged at {size} bytes, expected a whole safetensors file; fetch it again"
-    )
-
-
-def test_an_empty_shard(directory):
-    (file,) = directory.glob("*.safetensors")
-    file.write_bytes(b"")
-    assert refuse(directory) == (
-        f"{file}: cut short or damaged at 0 bytes, expected a whole safetensors file; fetch it again"
-    )
-
-
-def test_a_shard_that_the_index_names_is_missing(directory):
-    (file,) = directory.glob("*.safetensors")
-    file.unlink()
-    assert refuse(directory) == f"{file}: no such file, expected a shard of the checkpoint; fetch it again"
-
-
-def test_no_weights_at_all(directory):
-    for file in directory.glob("model*"):
-        file.unlink()
-    assert refuse(directory) == (
-        f"{directory}: no *.safetensors here, expected the model's weights; fetch the checkpoint again"
-    )
-
-
-def test_missing_scales(directory):
-    change(directory, {SCALES: None})
-    assert refuse(directory) == f"{directory}: {SCALES} is missing, expected U8 [3, 96, 2]; fetch the checkpoint again"
-
-
-def test_wrong_dtype(directory):
-    file = change(directory, {BIAS: torch.zeros(3, 128)})
-    assert refuse(directory) == (
-        f"{file}: {BIAS} is F32 [3, 128], expected BF16 [3, 128]; "
-        "config.json and weights don't belong together, fetch the checkpoint again"
-    )
-
-
-def test_wrong_shape(directory):
-    file = change(directory, {SCALES: torch.zeros(3, 96, 4, dtype=torch.uint8)})
-    assert refuse(directory) == (
-        f"{file}: {SCALES} is U8 [3, 96, 4], expected U8 [3, 96, 2]; "
-        "config.json and weights don't belong together, fetch the checkpoint again"
-    )
-
-
 def test_a_full_size_checkpoint_is_checked_from_its_headers_alone(tmp_path):
-    """gpt-oss-20b's expert tensors, 12 GB, in files that are one hole behind their headers."""
-    sizes = Sizes(num_layers=24, num_experts=32, hidden_size=2880, intermediate_size=2880, top_k=4)
-    config = CONFIG | {"num_hidden_layers": 24, "num_local_experts": 32, "hidden_size": 2880, "intermediate_size": 2880}
+    """gpt-oss-20b's tensors, 14 GB, in files that are one hole behind their headers."""
+    config = checkpoint.published_config("openai/gpt-oss-20b")
     (tmp_path / "config.json").write_text(json.dumps(config))
-    for layer in range(sizes.num_layers):
+    required = list(required_tensors(config).items())
+    for shard in range(24):
         header, end = {}, 0
-        for name, info in checkpoint.expert_tensors(sizes, layer).items():
+        for name, info in required[shard::24]:
             start, end = end, end + math.prod(info.shape) * (2 if info.dtype == "BF16" else 1)
             header[name] = {"dtype": info.dtype, "shape": info.shape, "data_offsets": [start, end]}
         text = json.dumps(header).encode()
-        with (tmp_path / f"{layer}.safetensors").open("wb") as file:
+        with (tmp_path / f"{shard}.safetensors").open("wb") as file:
             file.write(struct.pack("<Q", len(text)) + text)
             file.truncate(8 + len(text) + end)
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     opened = Checkpoint(tmp_path)
-    assert len(opened.tensors) == 24 * 6
+    assert len(opened.tensors) == len(required) == 3 + 24 * 19
     assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 50_000  # KiB: pages read would count
 
 
 def test_scale_code_255(directory):
     scales = torch.full((3, 96, 2), 120, dtype=torch.uint8)
     scales[1, 90, 1] = scales[2, 0, 0] = 255
-    change(directory, {SCALES: scales})
+    change_tensors(directory, {SCALES: scales})
     opened = Checkpoint(directory)
     opened.read_layer(0)
     with pytest.raises(ValueError) as error:
@@ -236,19 +174,16 @@ def test_scales_up_to_254_pass():
     check_scales("none", torch.zeros(0, 4, dtype=torch.uint8))
 
 
-def test_group_size_16(directory):
-    change_config(directory, quantization_config={"quant_method": "mxfp4", "group_size": 16})
-    assert refuse(directory) == (
-        f"{directory}/config.json: group_size is 16, expected 32; if the file is wrong, set MXFP4_SM120_GROUP_SIZE=32"
-    )
-
-
-def test_unknown_pack_layout(directory):
-    change_config(directory, quantization_config={"quant_method": "mxfp4", "pack_layout": "planar"})
-    assert refuse(directory) == (
-        f"{directory}/config.json: pack_layout is 'planar', expected 'low_nibble_first'; "
-        "if the file is wrong, set MXFP4_SM120_PACK_LAYOUT=low_nibble_first"
-    )
+def test_finite_check_names_all_that_is_not_finite():
+    check = FiniteCheck()
+    check.add("fine", torch.full((3,), 3e38))
+    check.add("nan", torch.tensor([0.0, math.nan]).bfloat16())
+    check.add("inf", torch.tensor([[0.0], [-math.inf]]).half())
+    check.add("bytes", torch.tensor([255], dtype=torch.uint8))
+    check.add("empty", torch.empty(0))
+    with pytest.raises(ValueError, match=r"^NaN or Inf \(or beyond BF16's range\) in nan, inf, expected"):
+        check.finish()
+    check.finish()  # and begins anew
 
 
 def test_the_environment_goes_before_the_file_and_is_read_once(directory, monkeypatch):
@@ -260,75 +195,26 @@ def test_the_environment_goes_before_the_file_and_is_read_once(directory, monkey
     assert Checkpoint(directory).packing == Packing()
 
 
-def test_not_gpt_oss(directory):
-    change_config(directory, model_type="llama")
-    assert refuse(directory) == (
-        f"{directory}/config.json: model_type is 'llama', expected 'gpt_oss'; this plugin serves GPT-OSS only"
-    )
-
-
-@pytest.mark.parametrize("quantization", [None, {"quant_method": "fp8"}])
-def test_not_mxfp4(directory, quantization):
-    change_config(directory, quantization_config=quantization)
-    method = (quantization or {}).get("quant_method")
-    assert refuse(directory) == (
-        f"{directory}/config.json: quant_method is {method!r}, expected 'mxfp4'; "
-        "this plugin serves packed MXFP4 experts only"
-    )
-
-
-@pytest.mark.parametrize(
-    ("key", "value", "kind"),
-    [
-        ("hidden_size", 100, "a positive multiple of 32"),
-        ("intermediate_size", None, "a positive multiple of 32"),
-        ("num_local_experts", "32", "a positive integer"),
-        ("num_hidden_layers", 0, "a positive integer"),
-    ],
-)
-def test_sizes_that_make_no_sense(directory, key, value, kind):
-    change_config(directory, **{key: value})
-    assert refuse(directory) == f"{directory}/config.json: {key} is {value!r}, expected {kind}; the file is damaged"
-
-
-def test_no_such_directory(tmp_path):
-    assert refuse(tmp_path / "nowhere") == (
-        f"{tmp_path}/nowhere: no such directory, expected one that holds a checkpoint"
-    )
-
-
-def test_a_file_where_a_directory_should_be(tmp_path):
-    (tmp_path / "file").write_text("")
-    assert refuse(tmp_path / "file") == f"{tmp_path}/file: not a directory, expected a readable checkpoint"
-
-
-def test_an_unreadable_directory(directory, monkeypatch):
+def test_an_unreadable_file(directory, monkeypatch):
     """Permissions don't stop the superuser that tests may run as, so the refusal is simulated."""
 
-    def listdir(path):
-        raise PermissionError(13, "Permission denied", str(path))
+    def denied(self, *args, **kwargs):
+        raise PermissionError(13, "Permission denied", str(self))
 
-    monkeypatch.setattr(checkpoint.os, "listdir", listdir)
-    assert refuse(directory) == f"{directory}: permission denied, expected a readable checkpoint"
-
-
-def test_no_config(directory):
-    (directory / "config.json").unlink()
-    assert refuse(directory) == (
-        f"{directory}/config.json: no such file, expected a checkpoint's config.json; is this a model's directory?"
-    )
-
-
-def test_config_that_is_not_json(directory):
-    (directory / "config.json").write_text('{"model_type": ')
-    assert refuse(directory) == f"{directory}/config.json: not JSON; fetch the checkpoint again"
-    (directory / "config.json").write_text("[]")
-    assert refuse(directory) == (
-        f"{directory}/config.json: holds list, expected a JSON object; fetch the checkpoint again"
-    )
+    monkeypatch.setattr("pathlib.Path.read_bytes", denied)
+    with pytest.raises(ValueError) as error:
+        Checkpoint(directory)
+    assert str(error.value) == f"{directory}/config.json: permission denied, expected a readable checkpoint"
 
 
 def test_without_an_index_every_shard_is_read(directory):
     (directory / "model.safetensors.index.json").unlink()
-    shutil.move(directory / "model-00001-of-00001.safetensors", directory / "model.safetensors")
-    assert len(Checkpoint(directory).tensors) == 12
+    shutil.move(directory / SHARD, directory / "model.safetensors")
+    assert len(Checkpoint(directory).tensors) == len(required_tensors(CONFIG))
+
+
+def test_other_names_are_said(directory):
+    rename_tensors(directory, lambda name: name.replace(".router.", ".router.linear."))
+    assert (
+        Checkpoint(directory).renamed["model.layers.1.mlp.router.weight"] == "model.layers.1.mlp.router.linear.weight"
+    )

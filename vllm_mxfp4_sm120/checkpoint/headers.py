@@ -1,0 +1,159 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What lies in a checkpoint's folder: JSON files, the index, and the headers of its shards. No weight is read."""
+
+from __future__ import annotations
+
+import json
+import os
+import stat
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from safetensors import SafetensorError, safe_open
+
+from vllm_mxfp4_sm120.checkpoint.config import shown
+from vllm_mxfp4_sm120.checkpoint.names import plain
+from vllm_mxfp4_sm120.checkpoint.tensors import TensorInfo
+
+INDEX = "model.safetensors.index.json"
+# The index of a model of 100,000 tensors has 10 MB. More is no index, and Python's parser would take ten times as much.
+JSON_BYTES = 64 << 20
+LFS_POINTER = b"version https://git-lfs.github.com/spec"
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """A JSON object of the checkpoint. Raises ValueError, naming the file, for whatever else is there."""
+    size = _regular_size(path, f"a checkpoint's {path.name}")
+    if size > JSON_BYTES:
+        raise ValueError(f"{path}: {size} bytes, expected a JSON file of at most {JSON_BYTES}")
+    try:
+        text = path.read_bytes()
+    except OSError as error:
+        raise _unreadable(path, error) from error
+    if text.startswith(LFS_POINTER):
+        raise _lfs_pointer(path)
+    try:
+        value = json.loads(text, object_pairs_hook=_without_duplicates)
+    except _DuplicateKey as error:
+        raise ValueError(f"{path}: {shown(error.args[0])} stands there twice, expected once; mend the file") from error
+    except (ValueError, RecursionError) as error:
+        deep = "nested too deeply" if isinstance(error, RecursionError) else "not JSON"
+        raise ValueError(f"{path}: {deep}; fetch the checkpoint again") from error
+    if not isinstance(value, dict):
+        raise ValueError(f"{path}: holds {type(value).__name__}, expected a JSON object; fetch the checkpoint again")
+    return value
+
+
+class _DuplicateKey(Exception):
+    pass
+
+
+def _without_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    value = dict(pairs)
+    if len(value) != len(pairs):
+        keys = [key for key, _ in pairs]
+        raise _DuplicateKey(next(key for key in keys if keys.count(key) > 1))
+    return value
+
+
+def read_headers(directory: Path) -> dict[str, TensorInfo]:
+    """Every tensor of every shard that vLLM would load, by its name in the file.
+
+    Those are the shards that the index names, or without an index every *.safetensors. Raises ValueError, naming the
+    file: no shards; an index that names something else than files of the folder, or a tensor that its shard doesn't
+    hold; a shard that is missing, damaged, empty, a git-lfs pointer or no file; a tensor in two shards.
+    """
+    index = directory / INDEX
+    weight_map = _weight_map(index) if os.path.lexists(index) else None
+    files = sorted(directory.glob("*.safetensors")) if weight_map is None else None
+    if files is None:
+        assert weight_map is not None
+        files = [directory / name for name in sorted(set(weight_map.values()))]
+    if not files:
+        raise ValueError(
+            f"{directory}: no *.safetensors here, expected the model's weights; fetch the checkpoint again"
+        )
+    tensors: dict[str, TensorInfo] = {}
+    for file in files:
+        with open_shard(file) as shard:
+            for name in shard.keys():  # noqa: SIM118 (not a dict)
+                if name in tensors:
+                    raise ValueError(
+                        f"{file}: holds {plain(name)}, which {tensors[name].file} holds, too; remove the file that is "
+                        "not of this model"
+                    )
+                view = shard.get_slice(name)
+                tensors[name] = TensorInfo(view.get_dtype(), tuple(view.get_shape()), file)
+    for name, shard_name in (weight_map or {}).items():
+        if name not in tensors or tensors[name].file != directory / shard_name:
+            raise ValueError(
+                f"{index}: says that {plain(name)} lies in {shard_name}, which doesn't hold it; "
+                "index and shards don't belong together, fetch both again"
+            )
+    return tensors
+
+
+def _weight_map(index: Path) -> dict[str, str]:
+    weight_map = read_json(index).get("weight_map")
+    if not isinstance(weight_map, dict) or not weight_map:
+        raise ValueError(
+            f"{index}: weight_map is {shown(weight_map)}, expected an object of tensors and their files; "
+            "fetch the checkpoint again"
+        )
+    for name, file in weight_map.items():
+        # vLLM, too, looks for shards in the folder itself only; nothing outside it is touched.
+        plain_name = isinstance(file, str) and file.isprintable() and "/" not in file and "\\" not in file
+        if not plain_name or not file.endswith(".safetensors"):
+            raise ValueError(
+                f"{index}: the file of {plain(name)} is {shown(file)}, expected the name of a *.safetensors file "
+                "beside the index"
+            )
+    return weight_map
+
+
+@contextmanager
+def open_shard(file: Path) -> Iterator[Any]:
+    """The shard, its header checked against the file's size by the library. Raises ValueError, naming the file."""
+    size = _regular_size(file, "a shard of the checkpoint")
+    try:
+        with file.open("rb") as opened:
+            start = opened.read(len(LFS_POINTER))
+        if start == LFS_POINTER:
+            raise _lfs_pointer(file)
+        shard = safe_open(file, "pt")
+    except OSError as error:
+        raise _unreadable(file, error) from error
+    except SafetensorError as error:
+        raise ValueError(
+            f"{file}: cut short or damaged at {size} bytes, expected a whole safetensors file; fetch it again"
+        ) from error
+    with shard as opened_shard:
+        yield opened_shard
+
+
+def _regular_size(path: Path, expected: str) -> int:
+    """Of a regular file; anything else, a pipe for one, might never answer."""
+    try:
+        status = path.stat()
+    except FileNotFoundError as error:
+        if not path.parent.is_dir():
+            raise ValueError(f"{path.parent}: no such directory, expected one that holds a checkpoint") from error
+        dangling = path.is_symlink()
+        what = f"points to {os.readlink(path)}, which isn't there" if dangling else "no such file"
+        raise ValueError(f"{path}: {what}, expected {expected}; fetch it again") from error
+    except OSError as error:
+        raise _unreadable(path, error) from error
+    if not stat.S_ISREG(status.st_mode):
+        raise ValueError(f"{path}: not a regular file, expected {expected}")
+    return status.st_size
+
+
+def _unreadable(path: Path, error: OSError) -> ValueError:
+    reason = (error.strerror or "unreadable").lower()
+    return ValueError(f"{path}: {reason}, expected a readable checkpoint")
+
+
+def _lfs_pointer(path: Path) -> ValueError:
+    return ValueError(f"{path}: a git-lfs pointer, expected the file itself; run git lfs pull")

@@ -1,0 +1,257 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Every tensor that a GPT-OSS needs: its name and other spellings of it, dtype, shape, and what its values may be.
+
+Published names are transformers'. Under model.layers.N.mlp.experts lie gate_up_proj (rows = 2I, gate and up
+alternating; K = H) and down_proj (rows = H, K = I), each as NAME_blocks uint8 [E, rows, K/32, 16], NAME_scales uint8
+[E, rows, K/32] and NAME_bias bf16 [E, rows].
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from vllm_mxfp4_sm120 import mxfp4
+from vllm_mxfp4_sm120.checkpoint.config import AttentionSizes, Sizes
+from vllm_mxfp4_sm120.checkpoint.names import EMBEDDING, LM_HEAD, canonical_name, plain, refuse_foreign
+
+# Tensors that one message names; a checkpoint of another kind would fill pages.
+NAMED_AT_MOST = 8
+
+UNMATCHED = "config.json and weights don't belong together"
+
+# safetensors' names of dtypes that hold the same numbers: bytes under another name (E8M0 is that of scales), and floats
+# that are rounded to BF16 as vLLM's own loaders round them (`param.copy_`).
+SAME_NUMBERS = {"U8": ("U8", "I8", "F8_E8M0"), "BF16": ("BF16", "F16", "F32")}
+DTYPE_NAMES = {
+    torch.uint8: "U8",
+    torch.int8: "I8",
+    torch.float8_e8m0fnu: "F8_E8M0",
+    torch.bfloat16: "BF16",
+    torch.float16: "F16",
+    torch.float32: "F32",
+    torch.float64: "F64",
+}
+
+
+@dataclass(frozen=True)
+class TensorInfo:
+    """What a safetensors header says of one tensor; dtypes by the format's own names ("U8", "BF16"...).
+
+    `spelling` is its name in `file`, where that isn't the published one. `rows` are the rows of that tensor in `file`
+    that are meant, where it holds several fused: (first, last + 1).
+    """
+
+    dtype: str
+    shape: tuple[int, ...]
+    file: Path | None = None
+    spelling: str | None = None
+    rows: tuple[int, int] | None = None
+
+    @classmethod
+    def of(cls, tensor: Tensor) -> TensorInfo:
+        return cls(DTYPE_NAMES.get(tensor.dtype, str(tensor.dtype)), tuple(tensor.shape))
+
+    def __str__(self) -> str:
+        return f"{self.dtype} {list(self.shape)}"
+
+
+def expert_tensors(sizes: Sizes, layer: int) -> dict[str, TensorInfo]:
+    """Name, dtype and shape of each expert tensor that a layer must have."""
+    tensors = {}
+    experts, hidden, intermediate = sizes.num_experts, sizes.hidden_size, sizes.intermediate_size
+    for projection, rows, k in (("gate_up_proj", 2 * intermediate, hidden), ("down_proj", hidden, intermediate)):
+        name, blocks = expert_prefix(layer, projection), k // mxfp4.BLOCK
+        tensors[f"{name}_blocks"] = TensorInfo("U8", (experts, rows, blocks, mxfp4.BLOCK // 2))
+        tensors[f"{name}_scales"] = TensorInfo("U8", (experts, rows, blocks))
+        tensors[f"{name}_bias"] = TensorInfo("BF16", (experts, rows))
+    return tensors
+
+
+def expert_prefix(layer: int, projection: str) -> str:
+    return f"model.layers.{layer}.mlp.experts.{projection}"
+
+
+def required_tensors(config: Mapping[str, Any], source: str = "config.json") -> dict[str, TensorInfo]:
+    """Published name, dtype and shape of every tensor of the whole model, lm_head unless embeddings are tied.
+
+    `config` as in `check_config`. Raises ValueError, naming `source`, for sizes that make no sense.
+    """
+    sizes, attention = Sizes.from_config(config, source), AttentionSizes.from_config(config, source)
+    hidden, heads = sizes.hidden_size, attention.num_heads
+    q, kv = heads * attention.head_dim, attention.num_kv_heads * attention.head_dim
+
+    def bf16(*shape: int) -> TensorInfo:
+        return TensorInfo("BF16", shape)
+
+    tensors = {EMBEDDING: bf16(attention.vocab_size, hidden), "model.norm.weight": bf16(hidden)}
+    if not config.get("tie_word_embeddings", False):
+        tensors[LM_HEAD] = bf16(attention.vocab_size, hidden)
+    for layer in range(sizes.num_layers):
+        prefix = f"model.layers.{layer}"
+        tensors[f"{prefix}.input_layernorm.weight"] = bf16(hidden)
+        tensors[f"{prefix}.post_attention_layernorm.weight"] = bf16(hidden)
+        for name, rows in (("q", q), ("k", kv), ("v", kv)):
+            tensors[f"{prefix}.self_attn.{name}_proj.weight"] = bf16(rows, hidden)
+            tensors[f"{prefix}.self_attn.{name}_proj.bias"] = bf16(rows)
+        tensors[f"{prefix}.self_attn.o_proj.weight"] = bf16(hidden, q)
+        tensors[f"{prefix}.self_attn.o_proj.bias"] = bf16(hidden)
+        tensors[f"{prefix}.self_attn.sinks"] = bf16(heads)
+        tensors[f"{prefix}.mlp.router.weight"] = bf16(sizes.num_experts, hidden)
+        tensors[f"{prefix}.mlp.router.bias"] = bf16(sizes.num_experts)
+        tensors |= expert_tensors(sizes, layer)
+    return tensors
+
+
+def split_fused(name: str, found: TensorInfo, required: Mapping[str, TensorInfo]) -> dict[str, TensorInfo]:
+    """The published tensors that `found`, by its published name, holds: itself, or q, k and v of a fused qkv_proj."""
+    if ".qkv_proj." not in name or not found.shape:
+        return {name: found}
+    parts, start = {}, 0
+    for letter in "qkv":
+        part = name.replace(".qkv_proj.", f".{letter}_proj.")
+        rows = required[part].shape[0] if part in required else 0
+        # A tensor that is too short ends early, and one that is too long gives the rest to v: `check_tensor` says so.
+        end = found.shape[0] if letter == "v" else min(start + rows, found.shape[0])
+        parts[part] = replace(found, shape=(end - start, *found.shape[1:]), rows=(start, end))
+        start = end
+    return parts
+
+
+def is_as_required(found: TensorInfo, expected: TensorInfo) -> bool:
+    """Whether `found` holds the numbers that `expected` describes, be it in another wrapping."""
+    shapes = [expected.shape]
+    if len(expected.shape) == 4:  # blocks: [E, rows, K/32, 16] or [E, rows, K/2]
+        shapes.append((*expected.shape[:2], expected.shape[2] * expected.shape[3]))
+    return found.dtype in SAME_NUMBERS[expected.dtype] and found.shape in shapes
+
+
+def check_tensor(name: str, found: TensorInfo | Tensor, required: Mapping[str, TensorInfo], source: object) -> None:
+    """Raises ValueError, naming `source`, unless the tensor is as `required_tensors` says, in whatever wrapping."""
+    found = TensorInfo.of(found) if isinstance(found, Tensor) else found
+    if not is_as_required(found, required[name]):
+        raise ValueError(f"{source}: {differs(name, found, required[name])}; {UNMATCHED}")
+
+
+def differs(name: str, found: TensorInfo, expected: TensorInfo) -> str:
+    spelled = f" ({plain(found.spelling)} there)" if found.spelling else ""
+    return f"{name}{spelled} is {found}, expected {expected}"
+
+
+def as_published(tensor: Tensor, expected: TensorInfo) -> Tensor:
+    """The same numbers in the published dtype and shape: a view, or rounded to BF16. The tensor must be as required."""
+    if expected.dtype == "U8":
+        return tensor.view(torch.uint8).reshape(expected.shape)
+    return tensor.to(torch.bfloat16)
+
+
+# Values
+
+
+def check_scales(name: str, scales: Tensor) -> None:
+    """Raises ValueError if any of the scales uint8 [...] is 255, NaN: one bad byte would spread to every token.
+
+    Once, at load: it waits for the device.
+    """
+    if scales.numel() and int(scales.max()) == mxfp4.NAN_SCALE:
+        where = (scales == mxfp4.NAN_SCALE).nonzero()
+        raise ValueError(
+            f"{name}: {len(where)} of {scales.numel()} scales are 255 (NaN), first at {where[0].tolist()}, "
+            "expected 0 to 254; the checkpoint is damaged, fetch it again"
+        )
+
+
+@dataclass
+class FiniteCheck:
+    """Looks for NaN and Inf in many tensors, and waits for their device only once.
+
+    `add` queues one pass over a tensor, without a copy of it; `finish` raises ValueError, naming the tensors.
+    """
+
+    _extremes: dict[str, Tensor] = field(default_factory=dict)
+
+    def add(self, name: str, tensor: Tensor) -> None:
+        if tensor.numel() and tensor.is_floating_point():
+            # NaN passes through min and max, Inf is one of them.
+            self._extremes[name] = torch.stack(torch.aminmax(tensor.detach())).float()
+
+    def finish(self) -> None:
+        devices: dict[torch.device, dict[str, Tensor]] = {}
+        for name, pair in self._extremes.items():
+            devices.setdefault(pair.device, {})[name] = pair
+        self._extremes = {}
+        bad: list[str] = []
+        for pairs in devices.values():
+            finite = torch.stack(list(pairs.values())).isfinite().all(dim=1).tolist()
+            bad += [name for name, fine in zip(pairs, finite, strict=True) if not fine]
+        if bad:
+            raise ValueError(
+                f"NaN or Inf (or beyond BF16's range) in {listed(bad)}, expected finite numbers; the checkpoint is "
+                "damaged or was saved from a training run that diverged"
+            )
+
+
+def check_finite(name: str, tensor: Tensor) -> None:
+    """Raises ValueError if the tensor holds NaN or Inf. Waits for the device: for many tensors use FiniteCheck."""
+    check = FiniteCheck()
+    check.add(name, tensor)
+    check.finish()
+
+
+def listed(items: list[str], between: str = ", ") -> str:
+    """The first few of the items, and how many more."""
+    more = f" and {len(items) - NAMED_AT_MOST} more" if len(items) > NAMED_AT_MOST else ""
+    return between.join(items[:NAMED_AT_MOST]) + more
+
+
+# The whole model
+
+
+def missing(names: Iterable[str], required: Mapping[str, TensorInfo]) -> list[str]:
+    """The required tensors that aren't among the names."""
+    present = set(names)
+    return [name for name in required if name not in present]
+
+
+def checked(
+    weights: Iterable[tuple[str, Tensor]], config: Mapping[str, Any], source: object = "checkpoint", whole: bool = True
+) -> Iterator[tuple[str, Tensor]]:
+    """The weights as they load, from whatever source, under published names, in published dtypes and shapes.
+
+    Tensors that the model doesn't need are left out; embed_tokens' numbers come as lm_head, too, where that is tied and
+    absent. Raises ValueError, naming tensor and source: a wrong dtype or shape at once, NaN or Inf, and with `whole`
+    what is missing, after the last tensor.
+    """
+    required = required_tensors(config, str(source))
+    known = {LM_HEAD: required[EMBEDDING], **required}
+    tied = LM_HEAD not in required
+    embedding: Tensor | None = None
+    seen: dict[str, str] = {}
+    finite = FiniteCheck()
+    for spelling, tensor in weights:
+        published = canonical_name(spelling)
+        if published is None:
+            refuse_foreign([spelling], source)
+            continue
+        for name, info in split_fused(published, TensorInfo.of(tensor), required).items():
+            if name not in known:
+                continue
+            if name in seen:
+                raise ValueError(f"{source}: {name} comes twice, as {plain(seen[name])} and as {plain(spelling)}")
+            check_tensor(name, info, known, source)
+            part = as_published(tensor[slice(*info.rows)] if info.rows else tensor, known[name])
+            finite.add(name, part)
+            seen[name] = spelling
+            if tied and name == EMBEDDING:
+                embedding = part
+            yield name, part
+    if embedding is not None and LM_HEAD not in seen:
+        yield LM_HEAD, embedding
+    finite.finish()
+    if whole and (absent := missing(seen, required)):
+        raise ValueError(f"{source}: {listed(absent)} missing, expected every tensor of the model")
