@@ -12,7 +12,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from vllm_mxfp4_sm120.checkpoint import Sizes, Writer, required_tensors
+from vllm_mxfp4_sm120.checkpoint import Checkpoint, Sizes, Writer, checked, required_tensors
 from vllm_mxfp4_sm120.moe import MoEWeights
 from vllm_mxfp4_sm120.proof import random_weights
 
@@ -87,3 +87,21 @@ def rename_tensors(directory: Path, rename: Callable[[str], str]) -> Path:
         state.update(renamed)
 
     return edit_tensors(directory, edit)
+
+
+def read_experts(directory: Path, overrides: Mapping[str, Any] | None = None) -> dict[str, Tensor]:
+    """What the folder's reader gives: every layer's experts, the rest being checked from the headers."""
+    config = json.loads((directory / "config.json").read_text()) | overrides if overrides else None
+    checkpoint = Checkpoint(directory, config)
+    return {
+        f"{layer}.{name}": tensor
+        for layer in range(checkpoint.sizes.num_layers)
+        for name, tensor in vars(checkpoint.read_layer(layer)).items()
+    }
+
+
+def load_checked(directory: Path) -> dict[str, Tensor]:
+    """What a loader that knows no folder gives: every tensor of every file, checked as it comes."""
+    tensors = [item for file in sorted(directory.glob("*.safetensors")) for item in load_file(file).items()]
+    config = json.loads((directory / "config.json").read_text())
+    return {name: tensor.clone() for name, tensor in checked(tensors, config)}

@@ -18,13 +18,13 @@ from vllm_mxfp4_sm120.checkpoint.tensors import (
     FiniteCheck,
     TensorInfo,
     as_published,
+    check_complete,
     check_scales,
     differs,
     expert_prefix,
     expert_tensors,
     is_as_required,
     listed,
-    missing,
     required_tensors,
     split_fused,
 )
@@ -116,11 +116,7 @@ class Checkpoint:
                 f"{self.directory}: holds {len(layers)} layers, but num_hidden_layers is {self.sizes.num_layers}; "
                 f"{UNMATCHED}"
             )
-        if absent := missing(self.tensors, required):
-            raise ValueError(
-                f"{self.directory}: {listed([f'{name} ({required[name]})' for name in absent])} missing, expected all "
-                f"{len(required)} tensors of the model; it was saved without, or not all of its files were fetched"
-            )
+        check_complete(self.tensors, required, self.directory)
         known = {LM_HEAD: required[EMBEDDING], **required}
         bad = [
             (info.file, differs(name, info, known[name]))

@@ -36,6 +36,8 @@ DTYPE_NAMES = {
     torch.float16: "F16",
     torch.float32: "F32",
     torch.float64: "F64",
+    torch.int32: "I32",
+    torch.int64: "I64",
 }
 
 
@@ -212,10 +214,15 @@ def listed(items: list[str], between: str = ", ") -> str:
 # The whole model
 
 
-def missing(names: Iterable[str], required: Mapping[str, TensorInfo]) -> list[str]:
-    """The required tensors that aren't among the names."""
+def check_complete(names: Iterable[str], required: Mapping[str, TensorInfo], source: object) -> None:
+    """Raises ValueError, naming `source`, unless every required tensor is among the names."""
     present = set(names)
-    return [name for name in required if name not in present]
+    absent = [f"{name} ({info})" for name, info in required.items() if name not in present]
+    if absent:
+        raise ValueError(
+            f"{source}: {listed(absent)} missing, expected all {len(required)} tensors of the model; "
+            "it was saved without, or not all of its files were fetched"
+        )
 
 
 def checked(
@@ -224,8 +231,8 @@ def checked(
     """The weights as they load, from whatever source, under published names, in published dtypes and shapes.
 
     Tensors that the model doesn't need are left out; embed_tokens' numbers come as lm_head, too, where that is tied and
-    absent. Raises ValueError, naming tensor and source: a wrong dtype or shape at once, NaN or Inf, and with `whole`
-    what is missing, after the last tensor.
+    absent. Raises ValueError, naming the tensor: at once for a wrong dtype or shape, scales that are NaN, or a second
+    time; after the last tensor for NaN or Inf, and with `whole` for what is missing.
     """
     required = required_tensors(config, str(source))
     known = {LM_HEAD: required[EMBEDDING], **required}
@@ -243,8 +250,10 @@ def checked(
                 continue
             if name in seen:
                 raise ValueError(f"{source}: {name} comes twice, as {plain(seen[name])} and as {plain(spelling)}")
-            check_tensor(name, info, known, source)
+            check_tensor(name, replace(info, spelling=None if spelling == name else spelling), known, source)
             part = as_published(tensor[slice(*info.rows)] if info.rows else tensor, known[name])
+            if name.endswith("_scales"):
+                check_scales(name, part)
             finite.add(name, part)
             seen[name] = spelling
             if tied and name == EMBEDDING:
@@ -253,5 +262,5 @@ def checked(
     if embedding is not None and LM_HEAD not in seen:
         yield LM_HEAD, embedding
     finite.finish()
-    if whole and (absent := missing(seen, required)):
-        raise ValueError(f"{source}: {listed(absent)} missing, expected every tensor of the model")
+    if whole:
+        check_complete(seen, required, source)
