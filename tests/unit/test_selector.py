@@ -205,9 +205,7 @@ def test_the_next_backend_must_prove_itself_too(monkeypatch):
 def test_weights_that_nothing_takes(monkeypatch):
     install(monkeypatch)
     choice = selector.select(machine("cpu"), SMALL)
-    with pytest.raises(
-        ValueError, match=r"^no MXFP4 .*: tiled: down_proj_scales\[3, 5, 1\] is 254, .* 0 to 252$"
-    ):
+    with pytest.raises(ValueError, match=r"^no MXFP4 .*: tiled: down_proj_scales\[3, 5, 1\] is 254, .* 0 to 252$"):
         selector.fall_through(choice, SMALL, loaded_with(254))
     for codes in (0, 0x11):  # NaN times zero is NaN
         with pytest.raises(ValueError, match=r"^L\.down_proj_scales\[3, 5, 1\] is 255 \(NaN\), expected 0 to 254"):
