@@ -78,7 +78,7 @@ def complaint(answer: Tensor, expected: Expected, tolerance: float) -> str | Non
         if wrong.any():
             token, column = wrong.nonzero()[0].tolist()
             return (
-                f"{answer[token, column]:g} at token {token}, column {column} (so are {int(wrong.any(1).sum())} tokens), "
+                f"{answer[token, column]:g} at token {token}, column {column} ({int(wrong.any(1).sum())} tokens), "
                 f"expected {what}: {value[token, column]:.6g}"
             )
     counted = judged & finite

@@ -29,6 +29,10 @@ MOST_SHRINKING = 300  # tries
 TOLERANCE = {"tiled": 3.5e-3, "native": 3.5e-3, "triton": 3.5e-3, "upcast": 1e-2}
 
 
+def _as_it_is(case: Case) -> Case:
+    return case
+
+
 @dataclass(frozen=True)
 class Subject:
     """What is tried: a backend on a device, to a tolerance. `suits` turns a case into one that it can be given."""
@@ -37,7 +41,7 @@ class Subject:
     backend: type[Backend]
     tolerance: float
     device: str = "cpu"
-    suits: Callable[[Case], Case] = staticmethod(lambda case: case)
+    suits: Callable[[Case], Case] = _as_it_is
 
     @classmethod
     def named(cls, name: str, device: str = "cpu") -> Subject:
@@ -77,6 +81,10 @@ class Failure:
     subject: str
     case: Case
     complaint: str
+
+    def report(self) -> str:
+        """For people; the case is written to a file."""
+        return f"{self.complaint}\n{self.case}\npytest --replay {self.write()}"
 
     def write(self, directory: Path = FAILURES) -> Path:
         """To a file for `pytest --replay`, and where it lies."""
@@ -133,7 +141,7 @@ def main(arguments: list[str]) -> int:
     if failure is None:
         print(f"{args.backend}: {args.cases} cases from seed {args.seed} are right")
         return 0
-    print(f"{failure.complaint}\n{failure.case}\npytest --replay {failure.write()}", file=sys.stderr)
+    print(failure.report(), file=sys.stderr)
     return 1
 
 

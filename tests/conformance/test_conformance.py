@@ -48,7 +48,7 @@ def cases(request: pytest.FixtureRequest) -> int:
 def assert_right(subject: Subject, seed: int, count: int, shapes: int | None = None) -> None:
     print(f"{subject.name}: {count} cases from seed {seed}")
     if (failure := first_failure(subject, draw(seed, count, shapes))) is not None:
-        pytest.fail(f"{failure.complaint}\n{failure.case}\npytest --replay {failure.write()}", pytrace=False)
+        pytest.fail(failure.report(), pytrace=False)
 
 
 @pytest.mark.parametrize("name", ["tiled", "upcast"])
