@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import shutil
 from types import SimpleNamespace
@@ -57,3 +58,69 @@ def test_the_same_numbers_whichever_thread_draws_them():
     assert torch.bincount(codes.flatten()[::64], minlength=256).min() > 1000
     assert numbers.float().mean().item() == pytest.approx(1.0, abs=0.01)
     assert numbers.float().std().item() == pytest.approx(2.0, abs=0.01)
+
+
+# What the experts decide, by transformers: tests that compare answers see experts only if answers depend on them.
+
+TOLERANCE = 2e-2  # of a log-probability, with which engines are compared (tests/engine)
+NEW_TOKENS = 32
+
+
+@pytest.fixture(scope="module")
+def transformers_model(tiny):
+    from transformers import GptOssForCausalLM, Mxfp4Config
+
+    model = GptOssForCausalLM.from_pretrained(
+        tiny, quantization_config=Mxfp4Config(dequantize=True), attn_implementation="eager"
+    )
+    model.generation_config.eos_token_id = None
+    return model.float().eval()
+
+
+def answers(model, forced: torch.Tensor | None = None) -> tuple[torch.Tensor, torch.Tensor, float]:
+    """Greedy tokens [prompts, NEW_TOKENS] or the forced ones, their log-probabilities, and the least lead of one."""
+    prompts = torch.randint(4, 304, (8, 20), generator=torch.Generator().manual_seed(1))
+    if forced is None:
+        forced = model.generate(prompts, do_sample=False, max_new_tokens=NEW_TOKENS)[:, prompts.shape[1] :]
+    with torch.no_grad():
+        steps = model(torch.cat((prompts, forced), dim=1)).logits[:, -NEW_TOKENS - 1 : -1].float()
+    best = steps.topk(2).values
+    logprobs = steps.log_softmax(-1).gather(2, forced[..., None])[..., 0]
+    return forced, logprobs, (best[..., 0] - best[..., 1]).min().item()
+
+
+def expert_tensors_of(model) -> list[torch.Tensor]:
+    return [parameter.data for name, parameter in model.named_parameters() if ".experts." in name]
+
+
+def exchange_half(model) -> None:
+    """Every layer's first half of the experts, each in its neighbour's place."""
+    for tensor in expert_tensors_of(model):
+        half = len(tensor) // 2
+        tensor[:half] = tensor[:half].roll(1, dims=0).clone()
+
+
+def silence_half(model) -> None:
+    for name, parameter in model.named_parameters():
+        if ".down_proj" in name:
+            parameter.data[: len(parameter) // 2] = 0
+
+
+@pytest.mark.parametrize("damage", [exchange_half, silence_half])
+def test_tokens_and_probabilities_depend_on_the_experts(transformers_model, damage):
+    tokens, logprobs, _ = answers(transformers_model)
+    damaged = copy.deepcopy(transformers_model)
+    damage(damaged)
+    assert (answers(damaged)[0] != tokens).float().mean() > 0.75
+    difference = (answers(damaged, tokens)[1] - logprobs).abs()
+    assert difference.median() > 5 * TOLERANCE
+    assert difference.amax(dim=1).min() > 20 * TOLERANCE  # in every answer
+
+
+def test_rounding_decides_nothing(transformers_model):
+    """In BF16 the same tokens, by a lead of ten tolerances, and log-probabilities well within one."""
+    tokens, logprobs, lead = answers(transformers_model)
+    rounded = copy.deepcopy(transformers_model).bfloat16()
+    assert torch.equal(answers(rounded)[0], tokens)
+    assert (answers(rounded, tokens)[1] - logprobs).abs().max() < TOLERANCE / 2
+    assert lead > 10 * TOLERANCE

@@ -23,6 +23,8 @@ MODEL_TYPE = "gpt_oss"
 # What published checkpoints say, what vLLM rewrites it to, and what the user may have asked for.
 QUANT_METHODS = ("mxfp4", "gpt_oss_mxfp4", "mxfp4_sm120")
 PACK_LAYOUT = "low_nibble_first"  # the published one: of a byte's two codes, the earlier is in the low nibble
+# Limits of what is plausible, so that nonsense is refused before tables of its size are made.
+MOST_LAYERS, MOST = 4096, 1 << 40
 SLIDING, FULL = "sliding_attention", "full_attention"
 
 
@@ -136,10 +138,11 @@ def shown(value: Any, most: int = 80) -> str:
     return text if len(text) <= most else f"{text[:most]}..."
 
 
-def _size(config: Mapping[str, Any], key: str, source: str, multiple: int = 1) -> int:
+def _size(config: Mapping[str, Any], key: str, source: str, multiple: int = 1, most: int = MOST) -> int:
     value = config.get(key)
-    if type(value) is not int or value <= 0 or value % multiple:
+    if type(value) is not int or not 0 < value <= most or value % multiple:
         kind = "a positive integer" if multiple == 1 else f"a positive multiple of {multiple}"
+        kind += f" up to {most}" if type(value) is int and value > most else ""
         raise ValueError(f"{source}: {key} is {shown(value)}, expected {kind}; the file is damaged")
     return value
 
@@ -165,7 +168,7 @@ class Sizes:
         if "num_local_experts" not in config and "num_experts" in config:
             config = {**config, "num_local_experts": config["num_experts"]}
         sizes = cls(
-            num_layers=_size(config, "num_hidden_layers", source),
+            num_layers=_size(config, "num_hidden_layers", source, most=MOST_LAYERS),
             num_experts=_size(config, "num_local_experts", source),
             hidden_size=_size(config, "hidden_size", source, mxfp4.BLOCK),
             intermediate_size=_size(config, "intermediate_size", source, mxfp4.BLOCK),
@@ -276,7 +279,7 @@ def _check_rope(config: Mapping[str, Any], source: str) -> None:
     for key in ("rope_theta", "factor", "original_max_position_embeddings", "beta_fast", "beta_slow"):
         value = rope.get(key)
         least = 1 if key == "factor" else 0
-        if not isinstance(value, int | float) or isinstance(value, bool) or not least <= value < math.inf or not value:
+        if not isinstance(value, int | float) or isinstance(value, bool) or not least <= value <= MOST or not value:
             raise refuse(key, "a number of at least 1" if least else "a positive number")
     if not isinstance(rope["truncate"], bool):
         raise refuse("truncate", "true or false")

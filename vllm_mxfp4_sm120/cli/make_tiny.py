@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """`mxfp4-sm120 make-tiny DIR`: a GPT-OSS checkpoint small enough for a laptop, in the published layout.
 
 Its sizes are those of configs/tiny/config.json, or with `--like` those of a published model (configs/models), to
@@ -21,20 +22,25 @@ from tqdm import tqdm
 
 from vllm_mxfp4_sm120 import config_path
 from vllm_mxfp4_sm120.checkpoint import Sizes, Writer, published_config
-from vllm_mxfp4_sm120.moe import MoEShape, MoEWeights
+from vllm_mxfp4_sm120.moe import MoEShape, MoEWeights, reference, topk_softmax
 from vllm_mxfp4_sm120.mxfp4 import BLOCK, SCALE_BIAS
 
 SEED = 0
 LIKE = ("openai/gpt-oss-20b", "openai/gpt-oss-120b")
 # How much each part adds to the residual stream, whose embeddings have unit size, in a model of two layers. In a deeper
 # one each layer adds less (`layer_gain`), or the embedding would drown: after 24 layers it was a seventh of the stream.
-ATTENTION_GAIN, GATE_UP_GAIN, DOWN_GAIN = 0.5, 1.5, 0.8
+# The experts' first GEMM is loud enough that SwiGLU's clamps at 7 take part.
+ATTENTION_GAIN, GATE_UP_GAIN, DOWN_GAIN = 0.5, 3.0, 0.8
 # Two programs round differently, so nothing that is decided may be close. With plain random weights it often is: the
 # best of hundreds of tokens wins by less than BF16 resolves, the fourth expert leads the fifth by as little, and a test
 # that compares tokens would be a lottery. So the output layer favours one token after every other, by FAVOUR against
 # chance, and the first dimensions of an embedding, one for each expert, hold the token's scores for them: nothing
 # else writes there, the router reads nothing else, and the chosen lead the rest by a margin.
 FAVOUR = 2.0
+# What comes next must depend on the experts, or a test that compares tokens wouldn't see them: embedding and attention
+# write the first half of the stream, the experts the second, and the output layer reads the second. Which token it
+# favours there is computed (`Stream`), so for small vocabularies only: in larger ones the embedding decides.
+DECIDED_BY_EXPERTS = 4096
 # The size of the logits: BF16, in which engines compute them, resolves a hundredth only while they are below 2.
 LOGIT_GAIN = 0.04
 
@@ -82,12 +88,21 @@ def make_tiny(directory: Path, config: dict[str, Any], seed: int = SEED) -> None
     if need > free:
         raise ValueError(f"{directory}: the checkpoint takes {need} bytes, {free} are free there; choose another disk")
     with Dice(seed) as dice, Writer(directory) as writer:
-        for name, tensor in ends(config, dice):
-            writer.add(name, tensor)
+        embedding = embed(config, dice)
+        writer.add("model.embed_tokens.weight", embedding)
+        stream = Stream(config, embedding) if config["vocab_size"] <= DECIDED_BY_EXPERTS else None
         for layer in tqdm(range(config["num_hidden_layers"]), desc=f"writing {directory}", unit="layer", disable=None):
-            for name, tensor in attention_and_router(config, dice):
+            tensors = dict(attention_and_router(config, dice))
+            experts = random_experts(Sizes.from_config(config).layer, layer_gain(config), dice)
+            if stream is not None:
+                stream.add_layer(tensors, experts)
+            for name, tensor in tensors.items():
                 writer.add(f"model.layers.{layer}.{name}", tensor)
-            writer.add_experts(layer, random_experts(Sizes.from_config(config).layer, layer_gain(config), dice))
+            writer.add_experts(layer, experts)
+        norm = dice.normal(config["hidden_size"], std=0.05, mean=1.0)
+        writer.add("model.norm.weight", norm)
+        favoured = embedding if stream is None else stream.written_by_experts(norm)
+        writer.add("lm_head.weight", output_layer(favoured, dice))
         writer.write_json("config.json", config)
         special = {key: config[key] for key in ("bos_token_id", "eos_token_id", "pad_token_id")}
         writer.write_json("generation_config.json", special)
@@ -152,26 +167,65 @@ class Dice:
         return words.view(torch.uint8).view(shape)
 
 
-def ends(config: dict[str, Any], dice: Dice) -> Iterator[tuple[str, Tensor]]:
-    """Embedding, final norm and output layer.
-
-    For every token the output layer favours one other: it holds the embeddings, shuffled. With plain random weights the
-    best of hundreds of scores would often win by less than BF16 resolves, and no two programs would agree on it.
-    """
-    hidden, vocab = config["hidden_size"], config["vocab_size"]
-    embedding = dice.normal(vocab, hidden, std=1.0)
+def embed(config: dict[str, Any], dice: Dice) -> Tensor:
+    """bf16 [vocab, hidden]: scores for the experts, then noise, and nothing where the experts write."""
+    embedding = dice.normal(config["vocab_size"], config["hidden_size"], std=1.0)
     embedding[:, : config["num_local_experts"]] = expert_scores(config, dice.generator)
-    output = dice.normal(vocab, hidden, std=1.0)
-    favourites = torch.randperm(vocab, generator=dice.generator)
+    embedding[:, config["hidden_size"] // 2 :] = 0
+    return embedding
 
-    def favour(rows: Tensor, favourites: Tensor) -> None:
-        rows.copy_((FAVOUR * embedding[favourites].float() + rows.float()) * (LOGIT_GAIN * hidden**-0.5))
+
+def output_layer(favoured: Tensor, dice: Dice) -> Tensor:
+    """bf16 [vocab, hidden], which for every token favours one other: `favoured` [vocab, hidden] is what is read.
+
+    It holds those rows, shuffled. With plain random weights the best of hundreds of scores would often win by less than
+    BF16 resolves, and no two programs would agree on it.
+    """
+    vocab, hidden = favoured.shape
+    output = dice.normal(vocab, hidden, std=1.0)
+    order = torch.randperm(vocab, generator=dice.generator)
+
+    def favour(rows: Tensor, order: Tensor) -> None:
+        rows.copy_((FAVOUR * favoured[order].float() + rows.float()) * (LOGIT_GAIN * hidden**-0.5))
 
     rows = PIECE // hidden
-    list(dice.threads.map(favour, output.split(rows), favourites.split(rows)))
-    yield "model.embed_tokens.weight", embedding
-    yield "model.norm.weight", dice.normal(hidden, std=0.05, mean=1.0)
-    yield "lm_head.weight", output
+    list(dice.threads.map(favour, output.split(rows), order.split(rows)))
+    return output
+
+
+class Stream:
+    """float32 [vocab, hidden], the residual stream of every token where attention sees that token alone."""
+
+    def __init__(self, config: dict[str, Any], embedding: Tensor) -> None:
+        self.config, self.stream = config, embedding.float()
+
+    def add_layer(self, tensors: dict[str, Tensor], experts: MoEWeights) -> None:
+        config, get = self.config, lambda name: tensors[name].float()
+        heads, kv_heads = config["num_attention_heads"], config["num_key_value_heads"]
+        x = self._normed(get("input_layernorm.weight"))
+        query, key, value = (
+            (x @ get(f"self_attn.{name}_proj.weight").T + get(f"self_attn.{name}_proj.bias")).unflatten(1, (n, -1))
+            for name, n in (("q", heads), ("k", kv_heads), ("v", kv_heads))
+        )
+        key, value = (tensor.repeat_interleave(heads // kv_heads, dim=1) for tensor in (key, value))
+        score = (query * key).sum(dim=-1, keepdim=True) * config["head_dim"] ** -0.5
+        share = torch.sigmoid(score - get("self_attn.sinks")[:, None])  # a softmax over this token and the sink
+        attention = (share * value).flatten(1)
+        self.stream += attention @ get("self_attn.o_proj.weight").T + get("self_attn.o_proj.bias")
+        x = self._normed(get("post_attention_layernorm.weight"))
+        logits = x @ get("mlp.router.weight").T + get("mlp.router.bias")
+        ids, weights = topk_softmax(logits, config["num_experts_per_tok"])
+        self.stream += reference(experts, x, ids, weights, dtype=torch.float32)
+
+    def written_by_experts(self, norm: Tensor) -> Tensor:
+        """What the output layer sees of it: the second half, as rows of unit size, less what all tokens share."""
+        seen = self._normed(norm.float())
+        seen = seen - seen.mean(dim=0)
+        seen[:, : self.config["hidden_size"] // 2] = 0
+        return seen / seen.square().mean(dim=1, keepdim=True).sqrt()
+
+    def _normed(self, weight: Tensor) -> Tensor:
+        return self.stream * torch.rsqrt(self.stream.square().mean(dim=1, keepdim=True) + 1e-5) * weight
 
 
 def expert_scores(config: dict[str, Any], generator: torch.Generator) -> Tensor:
@@ -197,7 +251,8 @@ def attention_and_router(config: dict[str, Any], dice: Dice) -> Iterator[tuple[s
         yield f"self_attn.{name}.bias", dice.normal(rows, std=0.1)
     out_std = layer_gain(config) * ATTENTION_GAIN * (heads * head) ** -0.5
     out, out_bias = dice.normal(hidden, heads * head, std=out_std), dice.normal(hidden, std=0.1)
-    out[:experts], out_bias[:experts] = 0, 0
+    for tensor in (out, out_bias):
+        tensor[:experts] = tensor[hidden // 2 :] = 0
     yield "self_attn.o_proj.weight", out
     yield "self_attn.o_proj.bias", out_bias
     yield "self_attn.sinks", dice.normal(heads, std=1.0)
@@ -214,11 +269,11 @@ def random_experts(shape: MoEShape, gain: float, dice: Dice) -> MoEWeights:
         middle = SCALE_BIAS + round(math.log2(gain * k**-0.5 / 3))  # random codes have a standard deviation near 3
         codes = dice.bytes(shape.num_experts, rows, k // 2)
         scales = dice.integers(middle - 1, middle + 2, shape.num_experts, rows, k // BLOCK)
-        return codes, scales, dice.normal(shape.num_experts, rows, std=0.2 * gain)
+        return codes, scales, dice.normal(shape.num_experts, rows, std=0.4 * gain)
 
     w13, w13_scale, w13_bias = projection(2 * shape.intermediate_size, shape.hidden_size, GATE_UP_GAIN)
     w2, w2_scale, w2_bias = projection(shape.hidden_size, shape.intermediate_size, gain * DOWN_GAIN)
-    w2[:, : shape.num_experts], w2_bias[:, : shape.num_experts] = 0, 0
+    w2[:, : shape.hidden_size // 2], w2_bias[:, : shape.hidden_size // 2] = 0, 0
     return MoEWeights(w13, w13_scale, w2, w2_scale, w13_bias, w2_bias)
 
 
