@@ -97,6 +97,10 @@ class MoEWeights:
             torch.zeros(shape.local_experts, h, dtype=torch.bfloat16, device=device) if bias else None,
         )
 
+    def by_checkpoint_name(self) -> dict[str, tuple[Tensor, Tensor]]:
+        """Codes and scales by what a checkpoint calls them, for messages."""
+        return {"gate_up_proj": (self.w13, self.w13_scale), "down_proj": (self.w2, self.w2_scale)}
+
     def clone(self) -> MoEWeights:
         """A copy, for `prepare` consumes its weights."""
         return replace(self, **{name: tensor.clone() for name, tensor in vars(self).items() if tensor is not None})

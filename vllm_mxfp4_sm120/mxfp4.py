@@ -68,6 +68,11 @@ def dequantize(codes: Tensor, scales: Tensor, dtype: torch.dtype = torch.bfloat1
     return values.mul_(scale_values(scales, dtype)[..., None]).flatten(-2)
 
 
+def nonzero_blocks(codes: Tensor) -> Tensor:
+    """Packed codes uint8 [..., K/2] -> bool [..., K/32]: which blocks hold anything but zeros."""
+    return (codes & 0x77).ne(0).unflatten(-1, (-1, BLOCK // 2)).any(-1)
+
+
 def first_outside(codes: Tensor, scales: Tensor, low: int, high: int) -> tuple[int, int, int] | None:
     """The first block (expert, row, block) whose scale is not `low` to `high`, None if every block's is.
 
@@ -76,8 +81,8 @@ def first_outside(codes: Tensor, scales: Tensor, low: int, high: int) -> tuple[i
     """
     outside = (scales < low) | (scales > high)
     for expert in outside.any(-1).any(-1).nonzero()[:, 0].tolist():
-        nonzero = (codes[expert] & 0x77).unflatten(-1, (-1, BLOCK // 2)).any(-1)
-        for row, block in (outside[expert] & (nonzero | (scales[expert] == NAN_SCALE))).nonzero()[:1].tolist():
+        counts = nonzero_blocks(codes[expert]) | (scales[expert] == NAN_SCALE)
+        for row, block in (outside[expert] & counts).nonzero()[:1].tolist():
             return expert, row, block
     return None
 

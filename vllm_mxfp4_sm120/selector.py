@@ -33,6 +33,9 @@ ORDER = {
 # Families newer than the table: vLLM may run there, so let what is portable prove itself.
 UNKNOWN_FAMILY = ("native", "triton", "tiled")
 
+# Of these, candidates whose kernels aren't for that family up to now: nothing that a start need mention, doctor does.
+NOT_YET = {120: ("flashinfer_trtllm",)}
+
 # vLLM's --moe-backend names that are backends of this plugin; the rest are vLLM's own kernels.
 MOE_BACKENDS = ("flashinfer_trtllm", "triton")
 
@@ -83,10 +86,11 @@ class Request:
 
 @dataclass(frozen=True)
 class Candidate:
-    """A backend that was looked at: `reason` is None if it can run here and has proved itself."""
+    """A backend that was looked at: `reason` is None if it can run here and is right. `tried`: its proof was run."""
 
     name: str
     reason: str | None = None
+    tried: bool = False
 
 
 @dataclass(frozen=True)
@@ -100,7 +104,9 @@ class Choice:
 
     def __str__(self) -> str:
         by = "" if self.asked_by == "default" else f", asked for by {self.asked_by}"
-        passed = "".join(f"; not {candidate.name}: {candidate.reason}" for candidate in self.rejected)
+        silent = NOT_YET.get(self.machine.family, ())
+        told = (candidate for candidate in self.rejected if candidate.tried or candidate.name not in silent)
+        passed = "".join(f"; not {candidate.name}: {candidate.reason}" for candidate in told)
         return f"MXFP4 experts on {self.machine.name} ({self.machine.sm}): {self.backend.name}{by}{passed}"
 
 
@@ -173,9 +179,9 @@ def look_at(name: str, machine: Machine, shape: MoEShape, request: Request = Req
         return Candidate(name, "switched off (disable_triton_moe)")
     backend = load(name)
     reason = machine.why_unsupported() or backend.why_not(machine, shape)
-    if reason is None and request.proof:
-        reason = proof.why_not(backend, machine, shape)
-    return Candidate(name, reason)
+    if reason is not None or not request.proof:
+        return Candidate(name, reason)
+    return Candidate(name, proof.why_not(backend, machine, shape), tried=True)
 
 
 def load(name: str) -> type[Backend]:

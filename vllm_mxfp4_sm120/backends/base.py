@@ -50,7 +50,7 @@ class Backend(ABC):
         Raises ValueError for a scale of 255, NaN, which no backend takes.
         """
         low, high = cls.scale_range
-        named = {"gate_up_proj": (weights.w13, weights.w13_scale), "down_proj": (weights.w2, weights.w2_scale)}
+        named = weights.by_checkpoint_name()
         if not all(scales.numel() for _, scales in named.values()):
             return None
         extremes = torch.stack([extreme for _, scales in named.values() for extreme in scales.aminmax()]).tolist()
