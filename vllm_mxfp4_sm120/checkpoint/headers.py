@@ -51,10 +51,11 @@ class _DuplicateKey(Exception):
 
 
 def _without_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    value = dict(pairs)
-    if len(value) != len(pairs):
-        keys = [key for key, _ in pairs]
-        raise _DuplicateKey(next(key for key in keys if keys.count(key) > 1))
+    value: dict[str, Any] = {}
+    for key, item in pairs:
+        if key in value:
+            raise _DuplicateKey(key)
+        value[key] = item
     return value
 
 
@@ -66,11 +67,11 @@ def read_headers(directory: Path) -> dict[str, TensorInfo]:
     hold; a shard that is missing, damaged, empty, a git-lfs pointer or no file; a tensor in two shards.
     """
     index = directory / INDEX
-    weight_map = _weight_map(index) if os.path.lexists(index) else None
-    files = sorted(directory.glob("*.safetensors")) if weight_map is None else None
-    if files is None:
-        assert weight_map is not None
+    if os.path.lexists(index):
+        weight_map = _weight_map(index)
         files = [directory / name for name in sorted(set(weight_map.values()))]
+    else:
+        weight_map, files = {}, sorted(directory.glob("*.safetensors"))
     if not files:
         raise ValueError(
             f"{directory}: no *.safetensors here, expected the model's weights; fetch the checkpoint again"
@@ -86,7 +87,7 @@ def read_headers(directory: Path) -> dict[str, TensorInfo]:
                     )
                 view = shard.get_slice(name)
                 tensors[name] = TensorInfo(view.get_dtype(), tuple(view.get_shape()), file)
-    for name, shard_name in (weight_map or {}).items():
+    for name, shard_name in weight_map.items():
         if name not in tensors or tensors[name].file != directory / shard_name:
             raise ValueError(
                 f"{index}: says that {plain(name)} lies in {shard_name}, which doesn't hold it; "

@@ -34,8 +34,8 @@ from vllm_mxfp4_sm120.moe import MoEWeights
 class Checkpoint:
     """A checkpoint's folder, checked from config.json and the safetensors headers; no weights are read yet.
 
-    `config` is what is served where that isn't config.json (`--hf-overrides`). `tensors` holds every tensor that the
-    model needs, by its published name; `renamed` those that have another name in their file.
+    `config` is what is served where that isn't config.json (`--hf-overrides`). `tensors` holds what GPT-OSS has tensors
+    for, by its published name; `renamed` what has another name in its file.
 
     Raises ValueError from the constructor, on one line that names the file and what was expected: no folder that can be
     read, not GPT-OSS, not MXFP4, a value of config.json that would be served wrongly (`check_config`), whatever

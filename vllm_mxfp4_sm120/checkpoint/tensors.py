@@ -178,7 +178,7 @@ class FiniteCheck:
     _extremes: dict[str, Tensor] = field(default_factory=dict)
 
     def add(self, name: str, tensor: Tensor) -> None:
-        if tensor.numel() and tensor.is_floating_point():
+        if tensor.numel() and tensor.is_floating_point() and tensor.itemsize > 1:
             # NaN passes through min and max, Inf is one of them.
             self._extremes[name] = torch.stack(torch.aminmax(tensor.detach())).float()
 
