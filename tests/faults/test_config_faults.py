@@ -85,6 +85,15 @@ CONFIGS = [
         config(rope_parameters={**ROPE, "partial_rotary_factor": 0.5}),
         "rope partial_rotary_factor is 0.5, expected 1",
     ),
+    Row(
+        "rope partial beside", config(rope_scaling=ROPE, partial_rotary_factor=0.5), "rope partial_rotary_factor is 0.5"
+    ),
+    Row(
+        "rope original length beside",
+        config(rope_scaling=ROPE, original_max_position_embeddings=1024),
+        "max_position_embeddings is 131072, expected at most 32768",
+    ),
+    Row("layers that differ", config(per_layer_config={"1": {"num_local_experts": 1}}), "per_layer_config is {'1'"),
     Row("rope as text", config(rope_scaling="yarn"), "rope_scaling is 'yarn', expected an object"),
     Row(
         "positions beyond the table",

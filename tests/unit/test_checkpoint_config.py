@@ -41,7 +41,7 @@ def test_fixed_values_are_the_defaults_of_transformers():
     defaults = GptOssConfig().to_dict()
     for key in KEYS:
         assert key.why
-        assert key.fate is not Fate.FIXED or defaults[key.name] == key.served, key.name
+        assert key.fate is not Fate.FIXED or defaults.get(key.name) == key.served, key.name
 
 
 def test_fixed_values_are_those_of_vllm():

@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """What a GPT-OSS's config.json says, and what becomes of each key here.
 
-KEYS lists every key that transformers' GptOssConfig has or its modelling reads. The reference for a value's meaning is
-transformers; what serves it is vLLM's gpt_oss.py with this plugin's experts. Where the two would differ, or where the
-plugin computes with a constant, `check_config` refuses every other value.
+KEYS lists every key that transformers' GptOssConfig has, its modelling reads, or its base class acts on. The reference
+for a value's meaning is transformers; what serves it is vLLM's gpt_oss.py with this plugin's experts. Where the two
+would differ, or where the plugin computes with a constant, `check_config` refuses every other value.
 """
 
 from __future__ import annotations
@@ -61,8 +61,10 @@ KEYS = (
     Key("sliding_window", Fate.USED, "window of every second layer's attention"),
     Key("layer_types", Fate.USED, "must be what vLLM serves: even layers with the window, odd ones without"),
     Key("rope_parameters", Fate.USED, "YaRN; keys that vLLM's gpt_oss.py doesn't pass on must not change it"),
-    Key("rope_theta", Fate.USED, "base of the rotary frequencies; older files have it beside rope_scaling"),
     Key("rope_scaling", Fate.USED, "older name of rope_parameters"),
+    Key("rope_theta", Fate.USED, "base of the rotary frequencies; older files have it beside rope_scaling"),
+    Key("partial_rotary_factor", Fate.USED, "as if it stood in rope_parameters, where only 1 is served"),
+    Key("original_max_position_embeddings", Fate.USED, "goes before the one in rope_parameters"),
     Key("tie_word_embeddings", Fate.USED, "where true, lm_head may be absent and is then embed_tokens"),
     Key("quantization_config", Fate.USED, "must name MXFP4, with 32 values a scale and the low nibble first"),
     Key("bos_token_id", Fate.USED, "by vLLM's tokenizer and sampling alone"),
@@ -71,6 +73,7 @@ KEYS = (
     Key("swiglu_limit", Fate.FIXED, "the experts' kernels clamp at this constant", SWIGLU_LIMIT),
     Key("swiglu_alpha", Fate.FIXED, "the experts' kernels compute with this constant", SWIGLU_ALPHA),
     Key("attention_bias", Fate.FIXED, "vLLM's gpt_oss.py always adds q/k/v/o biases", True),
+    Key("per_layer_config", Fate.FIXED, "vLLM's gpt_oss.py makes all layers alike"),
     Key("hidden_act", Fate.IGNORED, "neither transformers nor vLLM reads it: the experts' SwiGLU is GPT-OSS's own"),
     Key("pad_token_id", Fate.IGNORED, "the padding row of an embedding matters in training only"),
     Key("attention_dropout", Fate.IGNORED, "training only"),
@@ -268,7 +271,11 @@ def _check_rope(config: Mapping[str, Any], source: str) -> None:
         return  # GptOssConfig's own, the published one
     if not isinstance(rope, Mapping):
         raise ValueError(f"{source}: rope_scaling is {shown(rope)}, expected an object with rope_type 'yarn'")
-    rope = {"rope_theta": config.get("rope_theta", 150000.0), "truncate": True, **rope}
+    beside = {key: config[key] for key in ("rope_theta", "partial_rotary_factor") if config.get(key) is not None}
+    rope = {"rope_theta": 150000.0, "truncate": True, **beside, **rope}
+    rope["original_max_position_embeddings"] = config.get(
+        "original_max_position_embeddings", rope.get("original_max_position_embeddings")
+    )
 
     def refuse(key: str, expected: str) -> ValueError:
         return ValueError(f"{source}: rope {key} is {shown(rope.get(key))}, expected {expected}")
