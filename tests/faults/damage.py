@@ -22,27 +22,27 @@ def untouched(directory: Path) -> None:
     pass
 
 
-def config(**values):
+def config(**values: object) -> Damage:
     return lambda directory: change_config(directory, **values)
 
 
-def without(*names: str):
+def without(*names: str) -> Damage:
     return lambda directory: change_tensors(directory, dict.fromkeys(names))
 
 
-def edited(name: str, edit):
+def edited(name: str, edit: Callable[[Tensor], Tensor]) -> Damage:
     """One tensor replaced by what `edit` makes of it."""
     return lambda directory: edit_tensors(directory, lambda state: state.update({name: edit(state[name])}))
 
 
-def edited_all(part: str, edit):
+def edited_all(part: str, edit: Callable[[Tensor], Tensor]) -> Damage:
     """Every tensor whose name holds `part`."""
     return lambda directory: edit_tensors(
         directory, lambda state: state.update({name: edit(value) for name, value in state.items() if part in name})
     )
 
 
-def with_value(name: str, value: float):
+def with_value(name: str, value: float) -> Damage:
     """One number in the middle of a tensor."""
 
     def edit(tensor: Tensor) -> Tensor:
@@ -52,7 +52,7 @@ def with_value(name: str, value: float):
     return edited(name, edit)
 
 
-def renamed(*pairs: tuple[str, str]):
+def renamed(*pairs: tuple[str, str]) -> Damage:
     def rename(name: str) -> str:
         for old, new in pairs:
             name = name.replace(old, new)
@@ -61,15 +61,15 @@ def renamed(*pairs: tuple[str, str]):
     return lambda directory: rename_tensors(directory, rename)
 
 
-def added(name: str, *shape: int):
+def added(name: str, *shape: int) -> Damage:
     return lambda directory: change_tensors(directory, {name: torch.zeros(shape or (2, 2))})
 
 
-def file_of(name: str, content: bytes | str):
+def file_of(name: str, content: bytes | str) -> Damage:
     return lambda directory: (directory / name).write_bytes(content.encode() if isinstance(content, str) else content)
 
 
-def index_of(**entries: object):
+def index_of(**entries: object) -> Damage:
     """Entries of the index's weight_map replaced; dots in names are written as __."""
 
     def damage(directory: Path) -> None:
@@ -80,7 +80,7 @@ def index_of(**entries: object):
     return damage
 
 
-def in_place_of(name: str, make):
+def in_place_of(name: str, make: Callable[[Path], object]) -> Damage:
     def damage(directory: Path) -> None:
         (directory / name).unlink()
         make(directory / name)
@@ -88,7 +88,7 @@ def in_place_of(name: str, make):
     return damage
 
 
-def both(*damages):
+def both(*damages: Damage) -> Damage:
     return lambda directory: [damage(directory) for damage in damages]
 
 

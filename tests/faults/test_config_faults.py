@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What config.json, or what was put in its place, says: refused on one line, or served as transformers means it."""
+"""What config.json, or what was put in its place, says: refused on one line, or taken."""
 
 from __future__ import annotations
 
