@@ -304,7 +304,7 @@ def _check_rope(config: Mapping[str, Any], source: str) -> None:
     if longest > reach:
         raise ValueError(
             f"{source}: max_position_embeddings is {longest}, expected at most {reach:.0f}, rope factor times "
-            "original_max_position_embeddings, where vLLM's rotary table ends; raise the factor, too"
+            "original_max_position_embeddings, where vLLM's rotary table ends; lower it, as by --hf-overrides"
         )
 
 

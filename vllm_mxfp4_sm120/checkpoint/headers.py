@@ -20,6 +20,7 @@ from vllm_mxfp4_sm120.checkpoint.tensors import TensorInfo
 INDEX = "model.safetensors.index.json"
 # The index of a model of 100,000 tensors has 10 MB. More is no index, and Python's parser would take ten times as much.
 JSON_BYTES = 64 << 20
+NAME_CHARACTERS = 255  # that file systems take
 LFS_POINTER = b"version https://git-lfs.github.com/spec"
 
 
@@ -106,7 +107,7 @@ def _weight_map(index: Path) -> dict[str, str]:
     for name, file in weight_map.items():
         # vLLM, too, looks for shards in the folder itself only; nothing outside it is touched.
         plain_name = isinstance(file, str) and file.isprintable() and "/" not in file and "\\" not in file
-        if not plain_name or not file.endswith(".safetensors"):
+        if not plain_name or not file.endswith(".safetensors") or len(file) > NAME_CHARACTERS:
             raise ValueError(
                 f"{index}: the file of {plain(name)} is {shown(file)}, expected the name of a *.safetensors file "
                 "beside the index"
