@@ -103,6 +103,7 @@ FILES = [
         index_of(lm_head__weight="a\nb.safetensors"),
         "is 'a\\nb.safetensors', expected the name",
     ),
+    Row("index with a long name", index_of(lm_head__weight="a" * 9000 + ".safetensors"), "aaaa..., expected the name"),
     Row(
         "index to a missing shard",
         index_of(lm_head__weight="gone.safetensors"),
