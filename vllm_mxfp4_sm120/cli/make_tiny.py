@@ -38,8 +38,8 @@ ATTENTION_GAIN, GATE_UP_GAIN, DOWN_GAIN = 0.5, 3.0, 0.8
 # else writes there, the router reads nothing else, and the chosen lead the rest by a margin.
 FAVOUR = 2.0
 # What comes next must depend on the experts, or a test that compares tokens wouldn't see them: embedding and attention
-# write the first half of the stream, the experts the second, and the output layer reads the second. Which token it
-# favours there is computed (`Stream`), so for small vocabularies only: in larger ones the embedding decides.
+# write the first half of the stream, the experts the second, and by that half the output layer knows which token to
+# favour. What stands there is computed (`Stream`), so for small vocabularies only: in larger ones the embedding decides.
 DECIDED_BY_EXPERTS = 4096
 # The size of the logits: BF16, in which engines compute them, resolves a hundredth only while they are below 2.
 LOGIT_GAIN = 0.04
@@ -80,7 +80,7 @@ def run(args: argparse.Namespace) -> int:
 
 
 def make_tiny(directory: Path, config: dict[str, Any], seed: int = SEED) -> None:
-    """Write the checkpoint, whole or not at all, never more than a layer of it in memory.
+    """Write the checkpoint, whole or not at all, never more of it in memory than the embedding and a layer.
 
     Raises ValueError if `directory` exists and is not empty, or if its disk has no room.
     """
@@ -194,7 +194,11 @@ def output_layer(favoured: Tensor, dice: Dice) -> Tensor:
 
 
 class Stream:
-    """float32 [vocab, hidden], the residual stream of every token where attention sees that token alone."""
+    """float32 [vocab, hidden], the residual stream of every token where attention sees that token alone.
+
+    So the rotary embedding turns query and key alike and is left out, as is YaRN's factor: what is favoured need not be
+    exact.
+    """
 
     def __init__(self, config: dict[str, Any], embedding: Tensor) -> None:
         self.config, self.stream = config, embedding.float()
