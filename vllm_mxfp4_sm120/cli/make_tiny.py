@@ -39,7 +39,7 @@ ATTENTION_GAIN, GATE_UP_GAIN, DOWN_GAIN = 0.5, 3.0, 0.8
 FAVOUR = 2.0
 # What comes next must depend on the experts, or a test that compares tokens wouldn't see them: embedding and attention
 # write the first half of the stream, the experts the second, and by that half the output layer knows which token to
-# favour. What stands there is computed (`Stream`), so for small vocabularies only: in larger ones the embedding decides.
+# favour. What stands there is computed (`Stream`), for small vocabularies only: in larger ones the embedding decides.
 DECIDED_BY_EXPERTS = 4096
 # The size of the logits: BF16, in which engines compute them, resolves a hundredth only while they are below 2.
 LOGIT_GAIN = 0.04
