@@ -32,7 +32,7 @@ Workspace carve(uint8_t* base, int M, int H, int I, int local_experts, int top_k
   w.decode.exchange = c.take<DecodeExchange>(2);
   w.decode.y = c.take<uint32_t>(DECODE_MAX_VALUES);
   w.grouped.taken = c.take<int>(1);
-  w.grouped.finished = c.take<int>(max_token_tiles(M, local_experts, top_k));
+  w.grouped.finished = c.take<int>(max_token_blocks(M, local_experts, top_k));
   w.kept = c.at;
   c.at = KEPT_BYTES;
   w.grouped.expert = c.take<int>(slots);

@@ -6,7 +6,7 @@
 #include <cuda_bf16.h>
 
 #include "dispatch.h"
-#include "layer.cuh"
+#include "common/pack.cuh"
 
 namespace mxfp4_sm120 {
 namespace {

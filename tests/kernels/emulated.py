@@ -16,26 +16,34 @@ from vllm_mxfp4_sm120.moe import Activation, MoEShape, MoEWeights
 
 EMULATOR = Path(__file__).with_name("emulator")
 CSRC = Path(__file__).parents[2] / "kernels" / "csrc"
-KERNELS = ("decode_layer", "dispatch", "grouped_gemm", "grouping", "router")
+
+
+def sources(csrc: Path = CSRC) -> list[Path]:
+    """The kernels' files; the bindings and other people's kernels are none."""
+    files = (path for pattern in ("*.h", "*.cuh", "*.cu") for path in csrc.rglob(pattern))
+    return [path for path in files if path.stem not in ("ops", "cutlass_sm120", "flashinfer_sm120")]
 
 
 def build(directory: Path, csrc: Path = CSRC, arch: int = 800) -> ctypes.CDLL:
     """Compile the kernels for the emulator, in `directory`, as for a card of that __CUDA_ARCH__."""
-    for path in (*csrc.glob("*.h"), *csrc.glob("*.cuh"), *(csrc / f"{name}.cu" for name in KERNELS)):
+    for path in sources(csrc):
         # A block's dynamic shared memory is its own, also where several blocks run together.
         text = re.sub(
             r"extern __shared__ __align__\(128\) uint8_t (\w+)\[\];",
             r"uint8_t* const \1 = emu::shared_memory();",
             path.read_text(),
         )
-        (directory / path.name).write_text(text)
-    for path in EMULATOR.iterdir():  # its ptx.cuh in place of the kernels'
+        copy = directory / path.relative_to(csrc)
+        copy.parent.mkdir(exist_ok=True)
+        copy.write_text(text)
+    for path in EMULATOR.iterdir():
         shutil.copy(path, directory)
+    (directory / "ptx.cuh").rename(directory / "common" / "ptx.cuh")  # in place of the kernels'
     compilers = []
-    for source in (*(f"{name}.cu" for name in KERNELS), "entry.cpp"):
-        command = ["g++", "-std=c++17", "-O2", "-fPIC", "-w", "-I.", f"-D__CUDA_ARCH__={arch}"]
-        command += ["-x", "c++", "-c", source, "-o", f"{source}.o"]
-        compilers.append(subprocess.Popen(command, cwd=directory, stderr=subprocess.PIPE, text=True))
+    for source in (*directory.rglob("*.cu"), directory / "entry.cpp"):
+        command = ["g++", "-std=c++17", "-O2", "-fPIC", "-w", f"-I{directory}", f"-D__CUDA_ARCH__={arch}"]
+        command += ["-x", "c++", "-c", source, "-o", directory / f"{source.stem}.o"]
+        compilers.append(subprocess.Popen(command, stderr=subprocess.PIPE, text=True))
     for compiler in compilers:
         _, errors = compiler.communicate()
         assert compiler.returncode == 0, errors

@@ -15,7 +15,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from tests.kernels.emulated import CSRC, KERNELS, Emulated, build, router
+from tests.kernels.emulated import CSRC, Emulated, build, router
 from vllm_mxfp4_sm120 import proof
 from vllm_mxfp4_sm120.moe import Activation, MoEShape, reference, topk_softmax
 
@@ -227,21 +227,19 @@ def test_router(library: ctypes.CDLL, tokens: int, experts: int, hidden: int):
             "__syncthreads();\n        cp_async_wait<STAGES - 2>();",
             (2, 7),
         ),
-        ("== row_groups<S>(p.gemms[0]) * S::WARPS;", ">= 0;", (2, 7)),
-        ("share, S::TOKEN_TILES - token_tiles);", "share, S::TOKEN_TILES);", (7,)),
+        ("== row_blocks<S>(p.gemms[0]) * S::WARPS;", ">= 0;", (2, 7)),
+        ("share, S::COLUMN_GROUPS - column_groups);", "share, S::COLUMN_GROUPS);", (7,)),
     ],
     ids=["copies", "barrier", "gate-up", "parts"],
 )
 def test_the_emulator_notices(tmp_path: Path, right: str, wrong: str, configs: tuple[int, ...]):
     """Copies not waited for, a barrier before one's own have landed, down before its gate-up, loads beyond a stage."""
     csrc, built = tmp_path / "csrc", tmp_path / "built"
-    csrc.mkdir()
+    shutil.copytree(CSRC, csrc)
     built.mkdir()
-    for path in (*CSRC.glob("*.h"), *CSRC.glob("*.cuh"), *(CSRC / f"{name}.cu" for name in KERNELS)):
-        (csrc / path.name).write_text(path.read_text())
-    text = (csrc / "grouped_gemm.cu").read_text()
-    assert right in text, f"grouped_gemm.cu has no {right!r} any more: spoil something else"
-    (csrc / "grouped_gemm.cu").write_text(text.replace(right, wrong))
+    spoiled = [path for path in (csrc / "grouped").iterdir() if right in path.read_text()]
+    assert len(spoiled) == 1, f"{right!r} is in {len(spoiled)} files of grouped/, expected in one: spoil something else"
+    spoiled[0].write_text(spoiled[0].read_text().replace(right, wrong))
     library = build(built, csrc)
     shape = MoEShape(1, 1, 320, 64, 1)
     x, logits = inputs(shape, 140, 0)

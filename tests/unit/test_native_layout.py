@@ -36,15 +36,15 @@ def fp4_in_bf16(words: torch.Tensor) -> torch.Tensor:
 
 @pytest.fixture(scope="module")
 def decode_word(tmp_path_factory: pytest.TempPathFactory):
-    """decode.cuh's decode_word, compiled for the host."""
+    """common/fp4.cuh's decode_word, compiled for the host."""
     compiler = shutil.which("g++") or shutil.which("clang++")
     if compiler is None:
-        pytest.skip("no C++ compiler to build decode.cuh for the host with")
+        pytest.skip("no C++ compiler to build common/fp4.cuh for the host with")
     folder = tmp_path_factory.mktemp("decode")
     source, library = folder / "decode.cpp", folder / "decode.so"
     source.write_text(
         "#define __host__\n#define __device__\n#define __forceinline__ inline\n"
-        f'#include "{CSRC / "decode.cuh"}"\n'
+        f'#include "{CSRC / "common/fp4.cuh"}"\n'
         'extern "C" int scale_offset_exp() { return mxfp4_sm120::SCALE_OFFSET_EXP; }\n'
         'extern "C" void decode(const uint32_t* w, uint32_t* out, int n) {\n'
         "  for (int i = 0; i < n; i++) mxfp4_sm120::decode_word(w[i], out + 4 * i);\n}\n"

@@ -4,7 +4,7 @@ A matrix of `rows` x `K` (multiples of 32) becomes [rows/32, K/32, 544] bytes, e
 and scales together: tile (R, C) covers rows 32R.. and k 32C... Of its 544 bytes, the first 512 are codes: lane l = 4g +
 q of a warp owns bytes 16l..16l+15, four little-endian words; word r holds row 4g + r, k = 8q .. 8q+7, recoded as
 `encode_words` says. The last 32 are the rows' scales, as the exponent field of the BF16 that the kernel multiplies
-with. kernels/csrc/decode.cuh reads it back.
+with. kernels/csrc/common/fp4.cuh reads it back.
 """
 
 from __future__ import annotations
@@ -15,8 +15,8 @@ from torch import Tensor
 TILE = 32
 TILE_BYTES = TILE * TILE // 2 + TILE
 
-# Both stand in kernels/csrc/decode.cuh with their reasons: the byte stored for scale s is s + 126 - 48, exact for s in
-# 43..176.
+# Both stand in kernels/csrc/common/fp4.cuh with their reasons: the byte stored for scale s is s + 126 - 48, exact for
+# s in 43..176.
 SCALE_BIAS = 126 - 48
 MIN_SCALE, MAX_SCALE = 43, 176
 # Stored for a block whose codes are all zero and whose own scale lies outside: the exponent field of 1.0.
@@ -36,7 +36,7 @@ _BF16_MASK = _signed(0x81C081C0)
 
 
 def encode_words(words: Tensor) -> Tensor:
-    """int32 words of eight codes, low nibble first -> the placement that `decode_word` in decode.cuh undoes."""
+    """int32 words of eight codes, low nibble first -> the placement that `decode_word` in common/fp4.cuh undoes."""
     # A code's sign on bit 15 and the rest on 8..6: what the kernel shall see of pair p (codes 2p and 2p + 1, in the low
     # and the high half).
     pairs = []

@@ -2,9 +2,9 @@
 // each token's slots after them.
 #include <algorithm>
 
-#include "dispatch.h"
-#include "layer.cuh"
-#include "routing.cuh"
+#include "../common/pack.cuh"
+#include "../common/routing.cuh"
+#include "../dispatch.h"
 
 namespace mxfp4_sm120 {
 namespace {
@@ -122,7 +122,7 @@ __global__ void __launch_bounds__(256) combine_slots(const MoeArgs args, const G
   wait_for_previous_kernel();
   let_next_kernel_start();
   if (i == 0) *ws.taken = 0;
-  for (int tile = i; tile < max_token_tiles(args.M, args.local_experts, args.top_k); tile += gridDim.x * blockDim.x)
+  for (int tile = i; tile < max_token_blocks(args.M, args.local_experts, args.top_k); tile += gridDim.x * blockDim.x)
     ws.finished[tile] = 0;
   if (token >= args.M) return;
   const uint4* const y = reinterpret_cast<const uint4*>(ws.y) + piece;

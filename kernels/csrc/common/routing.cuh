@@ -1,7 +1,8 @@
 // Top-k over router logits then softmax over the chosen k, by one warp.
 #pragma once
-#include "layer.cuh"
-#include "moe.h"
+#include <cuda_bf16.h>
+
+#include "../moe.h"
 
 namespace mxfp4_sm120 {
 
