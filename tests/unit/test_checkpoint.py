@@ -13,7 +13,15 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from tests.support.checkpoints import CONFIG, SHARD, change_config, change_tensors, rename_tensors, write_small
+from tests.support.checkpoints import (
+    CONFIG,
+    SHARD,
+    change_config,
+    change_tensors,
+    load_checked,
+    rename_tensors,
+    write_small,
+)
 from vllm_mxfp4_sm120 import checkpoint
 from vllm_mxfp4_sm120.checkpoint import Checkpoint, FiniteCheck, Packing, Sizes, Writer, check_scales, required_tensors
 from vllm_mxfp4_sm120.checkpoint import config as config_module
@@ -213,8 +221,14 @@ def test_without_an_index_every_shard_is_read(directory):
     assert len(Checkpoint(directory).tensors) == len(required_tensors(CONFIG))
 
 
-def test_other_names_are_said(directory):
-    rename_tensors(directory, lambda name: name.replace(".router.", ".router.linear."))
-    assert (
-        Checkpoint(directory).renamed["model.layers.1.mlp.router.weight"] == "model.layers.1.mlp.router.linear.weight"
-    )
+def test_other_names_and_rounding_are_said(directory, caplog):
+    rename_tensors(directory, lambda name: name.replace(".1.mlp.router.", ".1.mlp.router.linear."))
+    change_tensors(directory, {"model.norm.weight": torch.ones(96)})
+    opened, router = Checkpoint(directory), "model.layers.1.mlp.router"
+    assert opened.renamed == {f"{router}.{kind}": f"{router}.linear.{kind}" for kind in ("bias", "weight")}
+    with caplog.at_level("INFO", logger="vllm.mxfp4_sm120"):
+        load_checked(directory)
+    other, rounded = sorted(caplog.messages)
+    assert other.startswith("mxfp4_sm120: checkpoint: known by other names: ")
+    assert f"{router}.weight ({router}.linear.weight there)" in other
+    assert rounded == "mxfp4_sm120: checkpoint: rounded to BF16: model.norm.weight (F32)"

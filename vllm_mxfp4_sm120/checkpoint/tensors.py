@@ -8,6 +8,7 @@ alternating; K = H) and down_proj (rows = H, K = I), each as NAME_blocks uint8 [
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -19,6 +20,8 @@ from torch import Tensor
 from vllm_mxfp4_sm120 import mxfp4
 from vllm_mxfp4_sm120.checkpoint.config import AttentionSizes, Sizes
 from vllm_mxfp4_sm120.checkpoint.names import EMBEDDING, LM_HEAD, canonical_name, plain, refuse_foreign
+
+logger = logging.getLogger("vllm.mxfp4_sm120")
 
 # Tensors that one message names; a checkpoint of another kind would fill pages.
 NAMED_AT_MOST = 8
@@ -231,14 +234,16 @@ def checked(
     """The weights as they load, from whatever source, under published names, in published dtypes and shapes.
 
     Tensors that the model doesn't need are left out; embed_tokens' numbers come as lm_head, too, where that is tied and
-    absent. Raises ValueError, naming the tensor: at once for a wrong dtype or shape, scales that are NaN, or a second
-    time; after the last tensor for NaN or Inf, and with `whole` for what is missing.
+    absent. One logged line each says that other names were taken, and that floats were rounded to BF16.
+
+    Raises ValueError, naming the tensor: at once for a wrong dtype or shape, scales that are NaN, or a second time;
+    after the last tensor for NaN or Inf, and with `whole` for what is missing.
     """
     required = required_tensors(config, str(source))
     known = {LM_HEAD: required[EMBEDDING], **required}
-    tied = LM_HEAD not in required
     embedding: Tensor | None = None
     seen: dict[str, str] = {}
+    rounded: list[str] = []
     finite = FiniteCheck()
     for spelling, tensor in weights:
         published = canonical_name(spelling)
@@ -256,7 +261,9 @@ def checked(
                 check_scales(name, part)
             finite.add(name, part)
             seen[name] = spelling
-            if tied and name == EMBEDDING:
+            if info.dtype in ("F16", "F32"):
+                rounded.append(f"{name} ({info.dtype})")
+            if name == EMBEDDING and LM_HEAD not in required:
                 embedding = part
             yield name, part
     if embedding is not None and LM_HEAD not in seen:
@@ -264,3 +271,8 @@ def checked(
     finite.finish()
     if whole:
         check_complete(seen, required, source)
+    renamed = [f"{name} ({plain(spelling)} there)" for name, spelling in seen.items() if spelling != name]
+    if renamed:
+        logger.info("mxfp4_sm120: %s: known by other names: %s", source, listed(renamed))
+    if rounded:
+        logger.info("mxfp4_sm120: %s: rounded to BF16: %s", source, listed(rounded))
