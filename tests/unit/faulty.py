@@ -2,7 +2,9 @@
 
 import os
 import signal
+import subprocess
 import time
+from pathlib import Path
 
 import torch
 
@@ -37,13 +39,6 @@ class Raises(Good):
         raise RuntimeError("no kernel image is available\nfor execution on the device")
 
 
-class OutOfMemory(Good):
-    name = "out_of_memory"
-
-    def prepare(self, weights):
-        raise torch.OutOfMemoryError("CUDA out of memory")
-
-
 class Hangs(Good):
     name = "hangs"
 
@@ -51,6 +46,17 @@ class Hangs(Good):
         signal.signal(signal.SIGTERM, signal.SIG_IGN)
         while True:
             time.sleep(1)
+
+
+class StartsACompiler(Hangs):
+    """One that outlives a kill of its parent alone; hangs once it's started."""
+
+    name = "starts_a_compiler"
+
+    def forward(self, *arguments):
+        subprocess.Popen(["sleep", "300"])
+        Path(os.environ["STARTED"]).touch()
+        super().forward()
 
 
 class Kills(Good):

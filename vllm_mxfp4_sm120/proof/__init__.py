@@ -1,0 +1,67 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Proof before use: a backend solves a small problem on this device, against the reference, before it may serve.
+
+Kernels of a backend's own can hang, or poison the CUDA context so that nothing in the process works any more: they are
+tried in a child process with a time limit, and the answer is remembered per machine and versions. Plain torch
+is tried in place.
+"""
+
+from __future__ import annotations
+
+from vllm_mxfp4_sm120 import envs
+from vllm_mxfp4_sm120.backends.base import Backend
+from vllm_mxfp4_sm120.moe import MoEShape
+from vllm_mxfp4_sm120.platform import Machine
+from vllm_mxfp4_sm120.proof.child import solve_in_child
+from vllm_mxfp4_sm120.proof.problem import (
+    EXPERTS,
+    TOKENS,
+    Proof,
+    device,
+    problem_shape,
+    random_inputs,
+    random_router,
+    random_weights,
+    solve,
+)
+from vllm_mxfp4_sm120.proof.record import cache_dir, forget, recall, record_path, remember, turn, version
+
+__all__ = [
+    "EXPERTS",
+    "TOKENS",
+    "Proof",
+    "cache_dir",
+    "device",
+    "forget",
+    "problem_shape",
+    "random_inputs",
+    "random_router",
+    "random_weights",
+    "recall",
+    "record_path",
+    "remember",
+    "solve",
+    "solve_in_child",
+    "version",
+    "why_not",
+]
+
+
+def why_not(backend: type[Backend], machine: Machine, shape: MoEShape) -> str | None:
+    """One line saying how the backend failed on a small problem like `shape`, on this device; None if it's right.
+
+    Nothing about the cache of earlier proofs (unreadable, read-only, full, absent) keeps this from answering.
+    """
+    if not backend.compiled:
+        return solve(backend, problem_shape(machine, shape), device(machine)).reason
+    seconds = envs.PROOF_SECONDS.get()
+    record = record_path(backend, machine, shape)
+    known = recall(record)
+    if known is None:
+        with turn(record, seconds):
+            known = recall(record)  # of the process that was waited for
+            if known is None:
+                proof = solve_in_child(backend, problem_shape(machine, shape), device(machine), seconds)
+                remember(record, proof)
+                return proof.reason
+    return known.reason and f"{known.reason} (remembered; `mxfp4-sm120 doctor --forget` tries again)"

@@ -1,0 +1,131 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The small problem that a backend must solve, and how its answers are judged against the float64 reference."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from vllm_mxfp4_sm120 import envs
+from vllm_mxfp4_sm120.backends.base import Backend
+from vllm_mxfp4_sm120.moe import MoEShape, MoEWeights, reference, topk_softmax
+from vllm_mxfp4_sm120.platform import Machine
+
+# One token and more (decoding: all tokens as columns, then gathered), then 12 to 140 tokens an expert on average for
+# GPT-OSS's 4 of 20, so that each of the native kernels that configs/tuning chooses from has its turn.
+TOKENS = (1, 7, 20, 60, 150, 170, 230, 300, 450, 700)
+EXPERTS = 20
+# Outside every power-of-two tile, 3 and 5 scale columns where kernels want multiples of 4, and milliseconds on a CPU.
+CPU_HIDDEN, CPU_INTERMEDIATE = 96, 160
+
+
+# What CUDA says where a library holds no code for this card: that stays so, unlike all else that raises.
+MISSING_KERNEL = ("no kernel image", "NO_BINARY_FOR_GPU", "invalid device function")
+
+
+@dataclass(frozen=True)
+class Proof:
+    """The outcome: `reason` is None if the answers were right.
+
+    `final` is True for what will be the same next time: right numbers, wrong numbers, a missing kernel. Everything else
+    (no memory, a busy GPU, no answer in time) may go away by itself.
+    """
+
+    reason: str | None
+    final: bool = True
+
+
+def problem_shape(machine: Machine, shape: MoEShape) -> MoEShape:
+    """The small problem: few experts. GPUs get the layer's own sizes, for kernels choose their tiles by them."""
+    experts = max(EXPERTS, shape.top_k)
+    small = replace(shape, num_experts=experts, local_experts=experts)
+    if shape.local_experts < shape.num_experts:
+        small = replace(small, num_experts=2 * experts)
+    if machine.capability is None:
+        small = replace(small, hidden_size=CPU_HIDDEN, intermediate_size=CPU_INTERMEDIATE)
+    return small
+
+
+def device(machine: Machine) -> torch.device:
+    """The device that this process will serve from."""
+    if machine.capability is None:
+        return torch.device("cpu")
+    return torch.device("cuda", torch.cuda.current_device() if torch.cuda.is_initialized() else envs.BASE_GPU_ID.get())
+
+
+def random_weights(shape: MoEShape, device: torch.device | str, seed: int = 0) -> MoEWeights:
+    """Weights with every code, and scales that keep activations near 1."""
+    # Drawn on the CPU, the same for every device, even where vLLM has set another default device.
+    draw: dict[str, Any] = {"generator": torch.Generator("cpu").manual_seed(seed), "device": "cpu"}
+    weights = MoEWeights.empty(shape, device)
+    for codes in (weights.w13, weights.w2):
+        codes.copy_(torch.randint(0, 256, codes.shape, dtype=torch.uint8, **draw))
+    for scales, k in ((weights.w13_scale, shape.hidden_size), (weights.w2_scale, shape.intermediate_size)):
+        # Codes have a standard deviation near 3: 2^middle * 3 * sqrt(K) is 1 to 2.
+        middle = 127 - round(math.log2(3 * math.sqrt(k)))
+        scales.copy_(torch.randint(middle - 1, middle + 2, scales.shape, dtype=torch.uint8, **draw))
+    for bias in (weights.w13_bias, weights.w2_bias):
+        if bias is not None:
+            bias.copy_(torch.randn(bias.shape, dtype=torch.float32, **draw) * 0.5)
+    return weights
+
+
+def random_inputs(shape: MoEShape, tokens: int, device: torch.device | str, seed: int = 1) -> tuple[Tensor, Tensor]:
+    """Activations bf16 [tokens, H] and logits bf16 [tokens, E] that send all tokens to expert 1, none to expert 0."""
+    draw: dict[str, Any] = {"generator": torch.Generator("cpu").manual_seed(seed), "device": "cpu"}
+    x = torch.randn(tokens, shape.hidden_size, dtype=torch.float32, **draw)
+    logits = torch.randn(tokens, shape.num_experts, dtype=torch.float32, **draw) * 0.5
+    if shape.num_experts > shape.top_k:
+        logits[:, 0], logits[:, 1] = -9.0, 2.5
+    # Rounded to BF16 like a model's router's, so that kernels which read logits in BF16 choose the same experts.
+    return x.bfloat16().to(device), logits.bfloat16().to(device)
+
+
+def random_router(shape: MoEShape, device: torch.device | str, seed: int = 2) -> tuple[Tensor, Tensor]:
+    """A router's weights bf16 [E, H] and bias bf16 [E]."""
+    draw: dict[str, Any] = {"generator": torch.Generator("cpu").manual_seed(seed), "device": "cpu"}
+    weight = torch.randn(shape.num_experts, shape.hidden_size, dtype=torch.float32, **draw) * shape.hidden_size**-0.5
+    return weight.bfloat16().to(device), torch.randn(shape.num_experts, **draw).bfloat16().to(device)
+
+
+def solve(backend: type[Backend], shape: MoEShape, device: torch.device | str) -> Proof:
+    """Run the problem in this process and judge the answers."""
+    try:
+        expert_map = None
+        if shape.local_experts < shape.num_experts:  # every other expert lives here
+            expert_map = torch.full((shape.num_experts,), -1, dtype=torch.int32, device=device)
+            expert_map[1::2] = torch.arange(shape.local_experts, dtype=torch.int32, device=device)
+        layer = backend(shape)
+        loaded = random_weights(shape, device)
+        weights = loaded.clone()
+        prepared = layer.prepare(loaded)
+        router, bias = random_router(shape, device)
+        for tokens in TOKENS if torch.device(device).type == "cuda" else TOKENS[:2]:
+            x, logits = random_inputs(shape, tokens, device)
+            topk_ids, topk_weights = topk_softmax(logits, shape.top_k)
+            expected = reference(weights, x, topk_ids, topk_weights, shape.activation, expert_map)
+            answers = {
+                "routed": (layer.forward(prepared, x, topk_ids.int(), topk_weights, expert_map), expected),
+                "from logits": (layer.forward_logits(prepared, x, logits, expert_map), expected),
+            }
+            if backend.has_router:
+                right = x.double() @ router.double().T + bias.double()
+                answers["the router"] = layer.router_logits(x, router, bias), right
+            for path, (answer, right) in answers.items():
+                if answer.shape != right.shape or answer.dtype != x.dtype:
+                    return Proof(
+                        f"answered {answer.dtype} {list(answer.shape)}, expected {x.dtype} {list(right.shape)}"
+                    )
+                error = ((answer.double() - right).norm() / right.norm()).item()
+                if not error <= backend.tolerance:  # NaN fails too
+                    at = f"{error:.2g} at {tokens} tokens, {path}"
+                    return Proof(f"wrong numbers: relative error {at}, expected at most {backend.tolerance}")
+    except Exception as error:  # whatever a backend raises is the reason not to use it
+        first_line = next(iter(str(error).strip().splitlines()), "")
+        reason = f"{type(error).__name__}: {first_line}"[:300]
+        return Proof(reason, final=any(words in str(error) for words in MISSING_KERNEL))
+    return Proof(None)

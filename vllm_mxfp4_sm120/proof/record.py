@@ -1,0 +1,217 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Proofs that are remembered: one small JSON file each, named by all that could change the outcome.
+
+Nothing here keeps a server from starting. What can't be read is as if it weren't there; what can't be written is said
+once, and proved again at the next start.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+import os
+import stat
+import sys
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from dataclasses import asdict
+from functools import cache
+from importlib import metadata
+from pathlib import Path
+
+from filelock import FileLock, Timeout
+
+from vllm_mxfp4_sm120 import __version__, config_path, envs
+from vllm_mxfp4_sm120.backends.base import Backend
+from vllm_mxfp4_sm120.moe import MoEShape
+from vllm_mxfp4_sm120.platform import Machine, driver
+from vllm_mxfp4_sm120.proof.problem import Proof, problem_shape
+
+logger = logging.getLogger("vllm.mxfp4_sm120")
+
+PATIENCE = 3.0  # seconds of waiting for another process before it's said
+LARGEST = 1 << 16  # bytes of a record: they are some hundred
+
+
+def cache_dir() -> Path | None:
+    """Where proofs are remembered; None for a user without a home directory who didn't name another one."""
+    try:
+        if (given := envs.CACHE_DIR.get()) is not None:
+            return Path(given).expanduser().absolute()
+        base = Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache")
+        if not base.is_absolute():  # the XDG specification has relative ones ignored
+            base = Path("~/.cache").expanduser()
+    except (RuntimeError, OSError):
+        return None
+    return base / "vllm_mxfp4_sm120" if base.is_absolute() else None
+
+
+def record_path(backend: type[Backend], machine: Machine, shape: MoEShape) -> Path | None:
+    """The file that remembers this proof, None where there is no place for it."""
+    if (folder := cache_dir()) is None:
+        return None
+    facts = (
+        backend.__module__,
+        backend.__qualname__,
+        __version__,
+        _source_digest(backend),
+        driver(),
+        asdict(machine),
+        asdict(problem_shape(machine, shape)),
+        {name: version(name) for name in ("torch", "triton", "flashinfer-python", "flashinfer-cubin")},
+    )
+    digest = hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()
+    return folder / "proofs" / f"{backend.name}-{digest[:24]}.json"
+
+
+def recall(record: Path | None) -> Proof | None:
+    """What is remembered; None if nothing is, if it can't be read, or if others could have written it."""
+    if record is None:
+        return None
+    try:
+        # The record may be a symbolic link into another folder, as Kubernetes mounts them.
+        real = record.resolve()
+        file = os.open(real, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK)  # doesn't wait for a pipe's writer
+        with open(file, "rb") as opened:
+            state = os.fstat(file)
+            if not stat.S_ISREG(state.st_mode):
+                return None
+            text = opened.read(LARGEST)
+        if distrusted := _whose(real, state) or others_may_write(record.parent) or others_may_write(real.parent):
+            _say(distrusted)
+            return None
+        reason = json.loads(text)["reason"]
+    except (OSError, ValueError, KeyError, TypeError, RuntimeError):  # RuntimeError: links or braces without end
+        return None
+    return Proof(reason) if reason is None or (isinstance(reason, str) and reason.isprintable()) else None
+
+
+def remember(record: Path | None, proof: Proof) -> None:
+    """Write the record, whole or not at all; not what may go away by itself."""
+    if not proof.final:
+        return
+    if record is None:
+        return _say("this user has no home directory")
+    try:
+        make_folder(record.parent)
+        if distrusted := others_may_write(record.parent):
+            return _say(distrusted)
+        file, draft = tempfile.mkstemp(prefix=f".{record.stem}-", dir=record.parent)
+        try:
+            with open(file, "w") as opened:
+                opened.write(json.dumps(asdict(proof)))
+                os.fchmod(file, 0o644)  # nothing in it is secret, and who runs an image isn't who built it
+            os.replace(draft, record)
+        except BaseException:
+            with suppress(OSError):
+                os.unlink(draft)
+            raise
+    except OSError as error:
+        _say(f"{record.parent}: {error.strerror or error}")
+
+
+def forget() -> int:
+    """Forget every proof; how many there were. Raises OSError for one that can't be removed."""
+    if (folder := cache_dir()) is None:
+        return 0
+    records = list((folder / "proofs").glob("*.json"))
+    for record in (*records, *(folder / "proofs").glob(".*")):  # and drafts of processes that were killed
+        record.unlink(missing_ok=True)
+    return len(records)
+
+
+@contextmanager
+def turn(record: Path | None, seconds: float) -> Iterator[None]:
+    """One process of a machine proves, the others wait for it, at most `seconds`, and read what it found.
+
+    Where there can be no lock, or no end of the waiting, several prove the same at the same time: no harm but time.
+    """
+    lock = _lock(record, seconds)
+    try:
+        yield
+    finally:
+        if lock is not None:
+            with suppress(OSError):
+                lock.release()
+
+
+def _lock(record: Path | None, seconds: float) -> FileLock | None:
+    if record is None:
+        return None
+    try:
+        make_folder(record.parent)
+        if others_may_write(record.parent):
+            return None
+        lock = FileLock(record.with_suffix(".lock"))
+        for patience, then in (
+            (min(PATIENCE, seconds), "waiting for another process's proof of %s, at most %g s"),
+            (seconds - PATIENCE, "another process's proof of %s took more than %g s: not waiting any longer"),
+        ):
+            with suppress(Timeout):
+                lock.acquire(timeout=max(0.0, patience))
+                return lock
+            logger.info(then, record.name.partition("-")[0], seconds)
+    except (OSError, NotImplementedError) as error:  # read-only, full, or a network's disk without locks
+        logger.debug("no lock beside %s: %s", record, error)
+    return None
+
+
+def make_folder(folder: Path) -> None:
+    """With all that it lies in, writable by this user alone whatever the umask is. Raises OSError."""
+    for missing in reversed([folder, *folder.parents]):
+        if not missing.exists():
+            missing.mkdir(0o755, exist_ok=True)
+    if not folder.is_dir():
+        raise NotADirectoryError(f"{folder} is not a directory")
+
+
+def others_may_write(folder: Path) -> str | None:
+    """Who, besides this user and root, could have put a file there; None if nobody could. Raises OSError.
+
+    In a folder with the sticky bit, as /tmp has it, nobody replaces what isn't his: another folder of ours may lie in
+    it, records may not. Read-only mounts are an administrator's: Kubernetes mounts its ConfigMaps so, with mode 777.
+    """
+    real = folder.resolve()
+    for each in (real, *real.parents):
+        state = each.stat()
+        sticky = each != real and state.st_mode & stat.S_ISVTX
+        if (whose := _whose(each, state, sticky=bool(sticky))) and not os.statvfs(each).f_flag & os.ST_RDONLY:
+            return whose
+    return None
+
+
+def _whose(path: Path, state: os.stat_result, sticky: bool = False) -> str | None:
+    if state.st_uid not in (0, os.geteuid()):
+        return f"{path} belongs to another user ({state.st_uid})"
+    if state.st_mode & (stat.S_IWGRP | stat.S_IWOTH) and not sticky:
+        return f"others may write {path} (mode {stat.S_IMODE(state.st_mode):o})"
+    return None
+
+
+@cache
+def _say(why: str) -> None:
+    """Once in a process."""
+    name = envs.CACHE_DIR.name
+    logger.warning("mxfp4_sm120: proofs are not remembered, each start repeats them: %s; %s names a place", why, name)
+
+
+def version(distribution: str) -> str | None:
+    """A distribution's version without importing it, None if it isn't installed."""
+    try:
+        return metadata.version(distribution)
+    except metadata.PackageNotFoundError:
+        return None
+
+
+def _source_digest(backend: type[Backend]) -> str:
+    """Of everything in this package that the outcome depends on: code, compiled libraries, which kernel when."""
+    digest = hashlib.sha256()
+    root = Path(__file__).parents[1]
+    for path in sorted((*root.rglob("*.py"), *root.rglob("*.so"), *config_path("tuning").rglob("*.json"))):
+        digest.update(path.read_bytes())
+    module = getattr(sys.modules[backend.__module__], "__file__", None)
+    if module is not None:
+        digest.update(Path(module).read_bytes())
+    return digest.hexdigest()
