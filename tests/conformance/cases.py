@@ -18,7 +18,7 @@ from vllm_mxfp4_sm120.moe import Activation, MoEShape, MoEWeights, topk_softmax
 # What a field may be, the plainest first: shrinking tries to get there.
 LOCAL = ("all", "every other", "first", "last", "shuffled", "none chosen")
 ROUTING = ("uniform", "skewed", "one expert", "equal logits")
-SCALES = ("ordinary", "rows", "blocks", "low", "high", "zero blocks", "any")
+SCALES = ("ordinary", "rows", "blocks", "low", "high", "zero blocks", "whole range", "any")
 BIAS = ("ordinary", "none", "large")
 ACTIVATIONS = ("ordinary", "outlier columns", "large and tiny tokens", "zero tokens", "NaN", "infinity", "NaN logits")
 IDS = ("int32", "int64", "out of range int32", "out of range int64")
@@ -86,7 +86,7 @@ class Case:
             **shape,
             tokens=choose.choice((0, 1, 1, 2, 3, 5, 8, 9, 20, 33, 64, 70, 150, most_tokens)),
             **{field: kind(field) for field in ("local", "routing", "scales", "bias", "x", "ids")},
-            path=choose.choice(PATHS),
+            path=choose.choice(("routed", *PATHS)),
         )
 
     @property
@@ -204,7 +204,21 @@ def _logits(case: Case, generator: torch.Generator) -> Tensor:
 def _ids(case: Case, ids: Tensor, generator: torch.Generator) -> Tensor:
     wide = case.ids.endswith("int64")
     if case.ids.startswith("out of range"):
-        odd = [-1, -2, -65536, -65535, -32768, 65535, 65536, 2**31 - 1, -(2**31), case.experts, case.experts + 7]
+        # Any that count from the end where negative indices do, any that are in range once narrowed.
+        odd = [
+            -1,
+            -case.experts,
+            -(case.experts // 2) - 1,
+            -65536,
+            -65535,
+            -32768,
+            65535,
+            65536,
+            2**31 - 1,
+            -(2**31),
+            case.experts,
+            case.experts + 7,
+        ]
         if wide:
             odd += [2**32, 2**32 + 1, -(2**32), 2**63 - 1, -(2**63)]
         value = torch.tensor(odd)[torch.randint(0, len(odd), ids.shape, generator=generator)]
@@ -240,6 +254,11 @@ def _between(low: int, high: int) -> Callable[[int, Tensor, torch.Generator], Te
     return lambda middle, near, generator: torch.randint(low, high + 1, near.shape, generator=generator)
 
 
+def _window(middle: int, near: Tensor, generator: torch.Generator) -> Tensor:
+    low = int(torch.randint(0, 230, (), generator=generator))
+    return torch.randint(low, low + 25, near.shape, generator=generator)
+
+
 def _rows(middle: int, near: Tensor, generator: torch.Generator) -> Tensor:
     """Each row on a level of its own, so that a column of the output is up to 2^20 times its neighbour."""
     return middle + near + torch.randint(-10, 11, (*near.shape[:2], 1), generator=generator)
@@ -253,7 +272,8 @@ SCALE_KINDS: dict[str, Callable[[int, Tensor, torch.Generator], Tensor]] = {
     "high": _between(150, 176),
     "zero blocks": lambda middle, near, generator: middle + near,
     # A backend says no to these, or is right.
-    "any": _between(0, 254),
+    "whole range": _between(43, 176),
+    "any": _window,
 }
 
 

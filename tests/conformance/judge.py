@@ -14,8 +14,9 @@ from vllm_mxfp4_sm120.moe import Activation, activate, reference
 
 # Beyond this, a sum in float32 or an activation in BF16 may be infinite on the way.
 OVERFLOW = 2.0**120
-# Below this nobody looks: products of two such numbers are none in float32.
-UNDERFLOW = 1e-30
+# Below this nobody looks: SiLU squares it, and kernels that keep weights smaller than they are (native: 2^-48) would
+# lose it. Outputs are judged by this where theirs is smaller; tokens whose activations are all smaller aren't judged.
+UNDERFLOW = 2.0**-60
 
 
 @dataclass(frozen=True)
@@ -23,7 +24,8 @@ class Expected:
     """Of one case, float64: `value` [M, H] is the reference's answer, `size` [M, H] what its errors are measured by:
 
     the root of the sum of the squares of all the products that were added up. An output that happens to be near zero,
-    where they cancel, has no smaller errors than its neighbours. `judged` [M] is False for tokens that may overflow.
+    where they cancel, has no smaller errors than its neighbours. `judged` [M] is False for tokens that may
+    overflow or vanish.
     """
 
     value: Tensor
@@ -35,6 +37,7 @@ class Expected:
         activation, weights = Activation(case.activation), given.weights
         value = reference(weights, given.x, given.topk_ids, given.topk_weights, activation, given.expert_map)
         squares, largest = torch.zeros_like(value), value.new_zeros(len(value))
+        lost = value.new_zeros(len(value), dtype=torch.bool)
         for local, expert in enumerate(case.local_experts):
             token, slot = (given.topk_ids == expert).nonzero(as_tuple=True)
             if not len(token):
@@ -52,9 +55,11 @@ class Expected:
             squares.index_add_(0, token, down * gate.square()[:, None])
             peak = torch.stack((spread.sqrt().amax(1), activated.abs().amax(1), down.sqrt().amax(1))).amax(0)
             largest[token] = largest[token].maximum(peak)
+            most = activated.abs().amax(1)
+            lost[token] |= (most > 0) & (most < UNDERFLOW)
         size = (squares + value.square()).sqrt()
         odd = ~(given.x.isfinite().all(1) & given.topk_weights.isfinite().all(1))
-        return cls(value, size, odd | (largest < OVERFLOW))
+        return cls(value, size, odd | ((largest < OVERFLOW) & ~lost))
 
     def flip(self) -> Expected:
         """Of the same tokens in the opposite order."""

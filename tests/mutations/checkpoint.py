@@ -14,11 +14,12 @@ import io
 import json
 import sys
 from collections.abc import Iterator
-from dataclasses import dataclass
 from pathlib import Path
 from types import ModuleType
 
 import pytest
+
+from tests.mutations.table import Mutation
 
 ROOT = Path(__file__).parents[2]
 PACKAGE = "vllm_mxfp4_sm120.checkpoint"
@@ -28,17 +29,6 @@ FOLDER = "tests/faults/test_tensor_faults.py::test_a_folder"
 OTHER = "tests/faults/test_tensor_faults.py::test_any_other_source"
 CONFIG = "tests/faults/test_config_faults.py::test_config"
 FILES = "tests/faults/test_file_faults.py::test_folder"
-
-
-@dataclass(frozen=True)
-class Mutation:
-    """`old` becomes `new` in a module of the package; `caught_by` is the test that must fail then."""
-
-    name: str
-    module: str
-    old: str
-    new: str
-    caught_by: str
 
 
 BYTES = "return tensor.view(torch.uint8).reshape(expected.shape)"

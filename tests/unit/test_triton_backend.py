@@ -37,7 +37,7 @@ def test_prepare_works_in_place():
 
 
 @needs_triton
-@pytest.mark.parametrize("low, high", [(0, 128), (43, 171), (124, 252), (252, 252)])
+@pytest.mark.parametrize("low, high", [(0, 128), (43, 176), (119, 252), (252, 252)])
 def test_scales_are_lowered_where_they_are_large(low, high):
     """By as much as keeps every weight exact."""
     shape = MoEShape(4, 4, 64, 96, 2)
@@ -49,20 +49,20 @@ def test_scales_are_lowered_where_they_are_large(low, high):
     prepared = backend.Triton(shape).prepare(weights)
     assert ("w2_factor" in prepared) is (high > 128) and "w13_factor" not in prepared
     scales = prepared["w2_scale"].mT
-    assert scales.max() <= 128
+    assert scales.max() <= 133
     factor = prepared.get("w2_factor", torch.ones(4)).double()
-    values = dequantize(original.w2, scales, torch.float64) * factor[:, None, None]
+    values = dequantize(original.w2, scales, torch.float64) * (factor * 2**-5)[:, None, None]
     original.w2_scale[2, 7, 0] = 128
     assert torch.equal(values, dequantize(original.w2, original.w2_scale, torch.float64))
 
 
 @needs_triton
-@pytest.mark.parametrize("scales, said", [((3, 132), "are 3 to 132"), ((200, 253), "are 200 to 253")])
+@pytest.mark.parametrize("scales, said", [((3, 137), "are 3 to 137"), ((200, 253), "are 200 to 253")])
 def test_scales_beyond_its_range_are_refused(scales, said):
     shape = MoEShape(4, 4, 64, 96, 2)
     weights = random_weights(shape, "cpu")
     weights.w2_scale[3], weights.w2_scale[3, 5, 1] = scales
-    with pytest.raises(ValueError, match=rf"^down_proj_scales\[3\] {said}, the triton backend takes up to 252, and"):
+    with pytest.raises(ValueError, match=rf"^down_proj_scales\[3\] {said}, the triton backend takes up to 252, no"):
         backend.Triton(shape).prepare(weights)
 
 

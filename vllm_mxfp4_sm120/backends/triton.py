@@ -24,8 +24,9 @@ INTERPRETED = triton is not None and bool(triton.knobs.runtime.interpret)
 
 # fp4's bits, moved to BF16's places, read as fp4 * 2^-126 (subnormal 0.5 included); times 2^(s - 1) that is the weight.
 # 2^(s - 1) is a BF16 number for s up to 128, which is weights up to 12. An expert with larger ones has all its scales
-# lowered to end there, and its sums multiplied by what they were lowered by.
-MAX_SCALE = 128
+# lowered to end there, and its sums multiplied by what they were lowered by. At the other end weights are exact down to
+# s = -5: half of 2^(-5 - 127) is BF16's smallest number. Hence what is stored is s + 5.
+MAX_SCALE, MIN_SCALE = 128, -5
 # Tokens per pass: bounds the float32 workspace, top_k * H * 4 bytes a token, at 190 MB for GPT-OSS.
 MAX_TOKENS = 4096
 # Pairs that one program of `place` ranks by comparing all with all.
@@ -97,18 +98,18 @@ class Triton(Backend):
             return None
         for name, (codes, scales) in weights.by_checkpoint_name().items():
             for expert, (low, high) in enumerate(_spans(codes, scales).tolist()):
-                if high > mxfp4.MAX_FINITE_SCALE or high - low > MAX_SCALE:
+                if high > mxfp4.MAX_FINITE_SCALE or high - low > MAX_SCALE - MIN_SCALE:
                     return (
                         f"{name}_scales[{expert}] are {low} to {high}, the triton backend takes up to "
-                        f"{mxfp4.MAX_FINITE_SCALE}, and no two in an expert that are more than {MAX_SCALE} apart"
+                        f"{mxfp4.MAX_FINITE_SCALE}, no two in an expert more than {MAX_SCALE - MIN_SCALE} apart"
                     )
         return None
 
     def prepare(self, weights: MoEWeights) -> dict[str, Tensor]:
-        """The checkpoint's layout with the codes of each word rearranged, and scales K-major, [E, K/32, N], so that
+        """The checkpoint's layout with the codes of each word rearranged, and scales less MIN_SCALE, K-major so that a
 
-        a tile's load is contiguous. In place, an expert at a time. Where scales above MAX_SCALE were lowered,
-        w13_factor and w2_factor float32 [E] say by what.
+        tile's load is contiguous, [E, K/32, N]. In place, an expert at a time. Where scales above MAX_SCALE were
+        lowered, w13_factor and w2_factor float32 [E] say by what.
         """
         if (reason := self.why_not_weights(weights)) is not None:
             raise ValueError(reason)
@@ -288,15 +289,15 @@ def _spans(codes: Tensor, scales: Tensor) -> Tensor:
 
 
 def _lower(codes: Tensor, scales: Tensor) -> Tensor | None:
-    """Bring each expert's scales to MAX_SCALE or below, in place. float32 [E]: what its sums must be multiplied by.
+    """Bring each expert's scales to MAX_SCALE or below and store them less MIN_SCALE, in place.
 
-    None where they all lie there, but for blocks of zeros, which may have any scale.
+    float32 [E]: what its sums must be multiplied by. None where no expert's were lowered: zeros may have any scale.
     """
-    if not scales.numel() or int(scales.max()) <= MAX_SCALE:
-        return None
-    steps = (_spans(codes, scales)[:, 1] - MAX_SCALE).clamp(min=0)
+    steps = scales.new_zeros(len(scales), dtype=torch.int32)
+    if scales.numel() and int(scales.max()) > MAX_SCALE:
+        steps = (_spans(codes, scales)[:, 1] - MAX_SCALE).clamp(min=0)
     for scale, step in zip(scales, steps, strict=True):
-        scale.copy_((scale.int() - step).clamp(0, MAX_SCALE))
+        scale.copy_((scale.int() - step).clamp(MIN_SCALE, MAX_SCALE) - MIN_SCALE)
     return torch.exp2(steps.float()) if bool(steps.any()) else None
 
 

@@ -164,7 +164,8 @@ def _decode(words, scales, INTERPRETED: tl.constexpr):
     pair2 = (word << 6) & 0x81C081C0
     pair3 = ((word << 1) & 0x80008000) | ((word >> 5) & 0x01000100) | ((word >> 4) & 0x00C000C0)
     pairs = tl.reshape(tl.join(tl.join(pair0, pair2), tl.join(pair1, pair3)), (N, K // 2))
-    factor = tl.trans(scales.to(tl.uint32) + 126) * 0x00800080  # 2^(s - 1) twice: bit 7 is the exponent's first
+    # 2^(s - 1) twice, where s + 5 is stored: bit 7 is the exponent's first.
+    factor = tl.trans(scales.to(tl.uint32) + 121) * 0x00800080
     factor = tl.reshape(tl.broadcast_to(factor[:, :, None], (N, K // 32, 16)), (N, K // 2))
     if INTERPRETED:  # the interpreter has neither assembly nor BF16 arithmetic
         even = (pairs << 16).to(tl.float32, bitcast=True) * (factor << 16).to(tl.float32, bitcast=True)
