@@ -111,6 +111,9 @@ AUTO = Variable(
     True,
     "0 serves only what --quantization mxfp4_sm120 asks for, claims no checkpoint itself",
 )
+ANY_VLLM = Variable(
+    "MXFP4_SM120_ANY_VLLM", _FLAG, False, "1 tries a vLLM that this version of the plugin was not written for"
+)
 PROOF = Variable(
     "MXFP4_SM120_PROOF", _FLAG, True, "0 trusts a backend without a small problem solved on this machine first"
 )

@@ -16,6 +16,8 @@ from vllm_mxfp4_sm120.platform import Machine
 
 logger = logging.getLogger("vllm.mxfp4_sm120")
 
+GB10 = (12, 1)
+
 
 def packed_bytes(shape: MoEShape) -> int:
     """Bytes of a layer's weights and scales as they are on disk, biases not counted."""
@@ -82,20 +84,21 @@ def _allocator_settings() -> str:
     return torch.cuda.memory._snapshot()["allocator_settings"]["PYTORCH_CUDA_ALLOC_CONF"]
 
 
-def configure_torch() -> None:
+def configure_torch(capability: tuple[int, int] | None = None) -> None:
     """Settings that this plugin's models run best with, by environment, so that worker processes inherit them.
 
     Call it in every process before CUDA is initialised, and only when this plugin serves the model: they hold for all
     of torch. Calling again changes nothing, and what the user set stays.
     - Expandable segments, so that memory freed while a layer's weights are rearranged fits whatever comes next; only
       where one GPU is visible, for vLLM's all-reduce between several dies of them (vllm-project/vllm#42609). vLLM
-      refuses them together with a KV connector: PYTORCH_CUDA_ALLOC_CONF=expandable_segments:False is the way out.
+      refuses them together with a KV connector: PYTORCH_CUDA_ALLOC_CONF=expandable_segments:False is the way out. Not
+      on GB10, SM 12.1, whose memory is the system's: errors of its driver are reported with them.
     - TF32 for the matmuls that stay in float32, through vLLM's own setting, which its workers apply at their start.
     """
     if torch.version.cuda is None:
         return
     # Torch reads the second name too and prefers it; vLLM's check of KV connectors knows only the first.
     users_own = "PYTORCH_CUDA_ALLOC_CONF" in os.environ or "PYTORCH_ALLOC_CONF" in os.environ
-    if not users_own and torch.cuda.device_count() == 1:
+    if not users_own and capability != GB10 and torch.cuda.device_count() == 1:
         os.environ["PYTORCH_CUDA_ALLOC_CONF"] = "expandable_segments:True"
     os.environ.setdefault("VLLM_FLOAT32_MATMUL_PRECISION", "high")

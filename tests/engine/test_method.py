@@ -10,18 +10,18 @@ import pytest
 import torch
 from vllm.config import CUDAGraphMode, VllmConfig, set_current_vllm_config
 from vllm.distributed import parallel_state
-from vllm.model_executor.layers.fused_moe import RoutedExperts
 from vllm.model_executor.layers.fused_moe.config import RoutingMethodType
 from vllm.model_executor.layers.fused_moe.router.gate_linear import GateLinear
 from vllm.model_executor.layers.quantization import get_quantization_config
 
 from vllm_mxfp4_sm120 import plugin
 from vllm_mxfp4_sm120.backends.tiled import Tiled
-from vllm_mxfp4_sm120.moe import MoEShape
+from vllm_mxfp4_sm120.moe import MoEShape, MoEWeights
 from vllm_mxfp4_sm120.quantization import config as quantization_config
 from vllm_mxfp4_sm120.quantization import fused_moe
 from vllm_mxfp4_sm120.quantization import router as quantization_router
 from vllm_mxfp4_sm120.quantization.config import Mxfp4Sm120Config
+from vllm_mxfp4_sm120.quantization.loader import Loader, Shard, parameters
 from vllm_mxfp4_sm120.quantization.router import RouterMethod
 
 SHAPE = MoEShape(num_experts=16, local_experts=16, hidden_size=192, intermediate_size=160, top_k=4)
@@ -48,15 +48,18 @@ def test_register_twice() -> None:
 
 
 @pytest.mark.parametrize("version", ["0.32.0", "0.32.0+cpu", "0.33.1", "0.33.0rc1", "0.33.2.dev7+gabc"])
-def test_supported_engines(version: str, said: list[str]) -> None:
-    plugin.warn_if_unsupported(version)
-    assert said == []
+def test_supported_engines(version: str) -> None:
+    assert plugin.why_unsupported(version) is None
 
 
-@pytest.mark.parametrize("version", ["0.31.9", "0.34.0", "1.0"])
-def test_other_engines_are_named(version: str, said: list[str]) -> None:
-    plugin.warn_if_unsupported(version)
-    assert said == [f"mxfp4_sm120 supports vLLM >= 0.32, < 0.34; this is vLLM {version}"]
+@pytest.mark.parametrize("version", ["0.31.9", "0.34.0", "1.0", "dev", "", "0.1.dev1+gabc"])
+def test_other_engines_are_not_touched(version: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("MXFP4_SM120_ANY_VLLM", raising=False)
+    assert plugin.why_unsupported(version) == (
+        "it was written for vLLM >= 0.32, < 0.34; MXFP4_SM120_ANY_VLLM=1 tries any other"
+    )
+    monkeypatch.setenv("MXFP4_SM120_ANY_VLLM", "1")
+    assert plugin.why_unsupported(version) is None
 
 
 def test_config_reaches_workers() -> None:
@@ -69,10 +72,10 @@ def test_graphs_are_off_for_what_cannot_be_captured(said: list[str]) -> None:
     config = VllmConfig()
     config.compilation_config.cudagraph_mode = CUDAGraphMode.FULL_AND_PIECEWISE
     with set_current_vllm_config(config):
-        fused_moe.never_capture_unless(Capturable(SHAPE))
+        fused_moe.never_capture_unless(Capturable(SHAPE), config.compilation_config)
         assert config.compilation_config.cudagraph_mode == CUDAGraphMode.FULL_AND_PIECEWISE
         for _ in range(3):  # once per layer
-            fused_moe.never_capture_unless(Tiled(SHAPE))
+            fused_moe.never_capture_unless(Tiled(SHAPE), config.compilation_config)
     assert config.compilation_config.cudagraph_mode == CUDAGraphMode.NONE
     assert said == ["mxfp4_sm120: CUDA graphs are off, because the tiled backend can't be captured in one"]
 
@@ -122,33 +125,79 @@ def test_only_whole_blocks_no_padding(given: int, kept: int) -> None:
     assert method.maybe_roundup_sizes(2880, given, torch.bfloat16, None) == (2880, kept)  # type: ignore[arg-type]
 
 
-class OneLayer(RoutedExperts):
-    """Of RoutedExperts only what the loader asks for."""
+# A rank's part of a layer: experts 4 and 5 of 16, and of 160 columns the last 64, in room for 96.
+PART = MoEShape(num_experts=16, local_experts=2, hidden_size=64, intermediate_size=96, top_k=4)
+SHARD = Shard(experts=(4, 5), start=96, stop=160)
 
-    def __init__(self) -> None:
-        torch.nn.Module.__init__(self)
+
+def staged() -> tuple[Loader, dict[str, torch.nn.Parameter]]:
+    """Parameters in memory that held something else before."""
+    loader = Loader("model.layers.0.mlp.experts", PART, SHARD)
+    made = parameters(MoEWeights.empty(PART, "cpu"), loader)
+    for parameter in made.values():
+        parameter.data.fill_(7)
+    return loader, made
 
 
 @pytest.mark.parametrize(
     "loaded",
-    [torch.zeros(2, 4, 5, dtype=torch.uint8), torch.zeros(2, 4, 3), torch.zeros(2, 5, 3, dtype=torch.uint8)],
-    ids=["too wide", "float", "too many rows"],
+    [
+        torch.zeros(2, 64, 33, dtype=torch.uint8),
+        torch.zeros(2, 64, 31, dtype=torch.uint8),
+        torch.zeros(2, 64, 32),
+        torch.zeros(2, 65, 32, dtype=torch.uint8),
+        torch.zeros(1, 64, 32, dtype=torch.uint8),
+        torch.zeros(3, 64, 32, dtype=torch.uint8),
+    ],
+    ids=["too wide", "too narrow", "float", "too many rows", "an expert less", "an expert more"],
 )
-def test_loader_refuses_what_does_not_fit(loaded: torch.Tensor) -> None:
-    parameter = torch.nn.Parameter(torch.zeros(2, 4, 4, dtype=torch.uint8), requires_grad=False)
+def test_loader_takes_only_what_is_exactly_right(loaded: torch.Tensor) -> None:
+    _, made = staged()
     with pytest.raises(ValueError) as caught:
-        fused_moe.Loader(OneLayer())(parameter, loaded, "model.layers.0.mlp.experts.w2_weight", None, None)
+        made["w2_weight"].weight_loader(made["w2_weight"], loaded, "w2_weight", None, None)
     assert str(caught.value) == (
-        f"model.layers.0.mlp.experts.w2_weight: got {loaded.dtype} {list(loaded.shape)} for this rank, expected "
-        "at most torch.uint8 [2, 4, 4]; the checkpoint does not match its config.json, fetch it again"
+        f"model.layers.0.mlp.experts w2_weight: got {loaded.dtype} {list(loaded.shape)} for this rank, expected "
+        "torch.uint8 [2, 64, 32]; the checkpoint does not match its config.json"
     )
+    assert made["w2_weight"].eq(7).all()
 
 
 def test_loader_leaves_the_rest_of_a_short_shard_zero() -> None:
-    parameter = torch.nn.Parameter(torch.zeros(2, 4, 4, dtype=torch.uint8), requires_grad=False)
-    fused_moe.Loader(OneLayer())(parameter, torch.ones(2, 4, 3, dtype=torch.uint8), "w2_weight", None, None)
-    assert parameter.sum() == 2 * 4 * 3
-    assert not parameter[..., 3].any()
+    loader, made = staged()
+    whole = torch.arange(16 * 64 * 5 * 16, dtype=torch.int32).view(16, 64, 5, 16).to(torch.uint8)
+    made["w2_weight"].weight_loader(made["w2_weight"], loader.shard.part("w2", whole), "w2_weight")
+    assert torch.equal(made["w2_weight"][..., :32], whole[4:6, :, 3:].flatten(2))
+    assert not made["w2_weight"][..., 32:].any()
+    assert made["w2_weight"].weight_loader_numel == 2 * 64 * 32
+
+
+def test_loader_wants_every_tensor_once() -> None:
+    loader, made = staged()
+    part = loader.shard.part("w2_bias", torch.ones(16, 64, dtype=torch.bfloat16))
+    assert not part.any()  # only the first rank adds it
+    made["w2_bias"].weight_loader(made["w2_bias"], part)
+    with pytest.raises(ValueError, match="loaded twice"):
+        made["w2_bias"].weight_loader(made["w2_bias"], part)
+    with pytest.raises(ValueError, match=r"gate_up_proj_blocks, gate_up_proj_scales, .*down_proj_scales not loaded"):
+        loader.finish()
+
+
+@pytest.mark.parametrize(
+    ("expert_map", "experts"),
+    [(None, tuple(range(5))), ([-1, -1, -1, 0, 1], (3, 4)), ([1, -1, 0, -1, 2], (2, 0, 4)), ([-1] * 5, ())],
+)
+def test_any_placement_of_experts(expert_map: list[int] | None, experts: tuple[int, ...]) -> None:
+    placed = None if expert_map is None else torch.tensor(expert_map)
+    shard = Shard.of(placed, 5, 160, 160, 0)
+    assert (shard.experts, shard.start, shard.stop) == (experts, 0, 160)
+    tensor = torch.arange(10).view(5, 2)
+    assert torch.equal(shard.part("w2_bias", tensor), tensor[list(experts)])
+
+
+@pytest.mark.parametrize(("rank", "columns"), [(0, (0, 64)), (1, (64, 128)), (2, (128, 160)), (3, (160, 160))])
+def test_more_ranks_than_blocks(rank: int, columns: tuple[int, int]) -> None:
+    shard = Shard.of(None, 5, 160, 64, rank)
+    assert (shard.start, shard.stop) == columns
 
 
 class Routes(Tiled):
@@ -161,7 +210,7 @@ class Routes(Tiled):
 def random_router(config: VllmConfig, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> GateLinear:
     """The router of layer 1, as vLLM makes it with the plugin there."""
     monkeypatch.setattr(parallel_state, "_TP", SimpleNamespace(rank_in_group=0, world_size=1))
-    plugin.register()
+    quantization_router.register()
     with set_current_vllm_config(config):
         router = GateLinear(64, 8, bias=True, prefix="model.layers.1.mlp.router", return_bias=False, params_dtype=dtype)
     torch.nn.init.normal_(router.weight.data)

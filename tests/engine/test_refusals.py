@@ -69,27 +69,28 @@ def test_model_that_is_not_gpt_oss(copy: Path) -> None:
 def test_checkpoint_that_is_not_mxfp4(copy: Path) -> None:
     edit_config(copy, quantization_config=None)
     assert refusal(copy) == (
-        f"{copy}: quant_method is None, expected 'mxfp4'; this plugin serves packed MXFP4 experts only"
+        f"{copy}/config.json: quantization_config is missing, although the experts are packed; "
+        'add "quantization_config": {"quant_method": "mxfp4"}'
     )
 
 
 def test_activations_that_are_not_bf16(copy: Path) -> None:
     assert refusal(copy, dtype="float16") == (
-        "torch.float16 is not supported for quantization method mxfp4_sm120. Supported dtypes: [torch.bfloat16]"
+        f"--quantization mxfp4_sm120 can't serve {copy}: only --dtype bfloat16 is served"
     )
 
 
 def test_group_size(copy: Path) -> None:
     edit_quantization(copy, group_size=16)
     assert refusal(copy) == (
-        f"{copy}: group_size is 16, expected 32; if the file is wrong, set MXFP4_SM120_GROUP_SIZE=32"
+        f"{copy}/config.json: group_size is 16, expected 32; if the file is wrong, set MXFP4_SM120_GROUP_SIZE=32"
     )
 
 
 def test_pack_layout(copy: Path) -> None:
     edit_quantization(copy, pack_layout="high_nibble_first")
     assert refusal(copy) == (
-        f"{copy}: pack_layout is 'high_nibble_first', expected 'low_nibble_first'; "
+        f"{copy}/config.json: pack_layout is 'high_nibble_first', expected 'low_nibble_first'; "
         "if the file is wrong, set MXFP4_SM120_PACK_LAYOUT=low_nibble_first"
     )
 
@@ -118,11 +119,9 @@ def test_wrong_shape(copy: Path) -> None:
     )
 
 
-def test_flags(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_flags(copy: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("MXFP4_SM120_USE_TRITON", "yes")
-    with pytest.raises(ValueError) as caught:
-        plugin.register()
-    assert str(caught.value) == "MXFP4_SM120_USE_TRITON='yes' is not accepted: expected 0 or 1"
+    assert refusal(copy) == "MXFP4_SM120_USE_TRITON='yes' is not accepted: expected 0 or 1"
 
 
 # What a user meets: `vllm serve` in a process. Slow to start, so once before and once while weights are read.

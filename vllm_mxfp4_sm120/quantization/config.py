@@ -1,20 +1,28 @@
+# SPDX-License-Identifier: Apache-2.0
 """What vLLM asks a quantization method: is this checkpoint yours, and which method serves that layer."""
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Any
 
 import torch
-from vllm.model_executor.layers.fused_moe import RoutedExperts
-from vllm.model_executor.layers.linear import LinearBase, UnquantizedLinearMethod
-from vllm.model_executor.layers.quantization.base_config import QuantizationConfig, QuantizeMethodBase
-from vllm.platforms import current_platform
 
 from vllm_mxfp4_sm120 import envs
-from vllm_mxfp4_sm120.checkpoint import INDEX, MODEL_TYPE, QUANT_METHODS, Checkpoint, Packing, Sizes
-from vllm_mxfp4_sm120.memory import configure_torch
+from vllm_mxfp4_sm120.checkpoint import MODEL_TYPE, QUANT_METHODS, Packing, Sizes
 from vllm_mxfp4_sm120.plugin import NAME
+from vllm_mxfp4_sm120.quantization.spelling import means_us
+from vllm_mxfp4_sm120.quantization.vllm_symbols import (
+    QUANTIZATION_METHODS,
+    LinearBase,
+    QuantizationConfig,
+    QuantizeMethodBase,
+    RoutedExperts,
+    UnquantizedLinearMethod,
+    current_platform,
+)
+
+# In vLLM's copy of quantization_config: the model was claimed without being asked for by name.
+CLAIMED = "claimed_by_mxfp4_sm120"
 
 
 class Mxfp4Sm120Config(QuantizationConfig):
@@ -53,28 +61,23 @@ class Mxfp4Sm120Config(QuantizationConfig):
     ) -> str | None:
         """Claim what the user asked for by name, and on SM 12.x every packed GPT-OSS for which no name was given.
 
-        What was asked for and can't be served is refused, with the reason, in `maybe_update_config`.
+        What can't be served is refused or left to vLLM in `model_config.py`, which sees the whole configuration.
+        Raises ValueError for a misspelling of the name.
         """
-        ours = user_quant is None and envs.AUTO.get() and current_platform.is_device_capability_family(120)
-        packed_gpt_oss = (
-            getattr(hf_config, "model_type", None) == MODEL_TYPE and hf_quant_cfg.get("quant_method") in QUANT_METHODS
-        )
-        return NAME if user_quant == NAME or (ours and packed_gpt_oss) else None
+        gpt_oss = getattr(hf_config, "model_type", None) == MODEL_TYPE
+        if means_us(user_quant, QUANTIZATION_METHODS):
+            return NAME
+        if user_quant is not None or not gpt_oss or hf_quant_cfg.get("quant_method") not in QUANT_METHODS:
+            return None
+        if not current_platform.is_device_capability_family(120) or not envs.AUTO.get():
+            return None
+        hf_quant_cfg[CLAIMED] = True
+        return NAME
 
     def maybe_update_config(self, model_name: str, hf_config: Any = None, revision: str | None = None) -> None:
-        """Refuse, before any weight is read, what this plugin can't serve. Raises ValueError.
-
-        A local checkpoint's headers are checked too; one that is still to be fetched is checked as it loads.
-        """
-        config = hf_config.to_dict() if hf_config is not None else {}
-        Sizes.from_config(config, model_name)
+        """Raises ValueError for what isn't a packed GPT-OSS; the only check that a draft model meets."""
+        Sizes.from_config(hf_config.to_dict() if hf_config is not None else {}, model_name)
         Packing.from_config(self.checkpoint, model_name)
-        directory = Path(model_name)
-        # Without weights there, vLLM may have been told to invent them (--load-format dummy).
-        if directory.is_dir() and (any(directory.glob("*.safetensors")) or (directory / INDEX).exists()):
-            Checkpoint(directory)
-        # Here, because this model is ours, and no process has touched CUDA yet: workers inherit the environment.
-        configure_torch()
 
     def get_quant_method(self, layer: torch.nn.Module, prefix: str) -> QuantizeMethodBase | None:
         from vllm_mxfp4_sm120.quantization.fused_moe import Mxfp4Sm120MoEMethod

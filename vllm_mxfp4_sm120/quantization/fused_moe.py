@@ -1,4 +1,5 @@
-"""The FusedMoE method: loads packed experts, hands them to one backend, and calls it."""
+# SPDX-License-Identifier: Apache-2.0
+"""The FusedMoE method: makes parameters to load into, hands what was loaded to one backend, and calls it."""
 
 from __future__ import annotations
 
@@ -6,35 +7,31 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from vllm.config import CUDAGraphMode, get_current_vllm_config
-from vllm.forward_context import get_forward_context
-from vllm.logger import init_logger
-from vllm.model_executor.layers.fused_moe import FusedMoEConfig, FusedMoEMethodBase, RoutedExperts
-from vllm.model_executor.layers.fused_moe.activation import MoEActivation
-from vllm.model_executor.layers.fused_moe.config import FusedMoEParallelConfig, RoutingMethodType
-from vllm.model_executor.utils import set_weight_attrs
 
 from vllm_mxfp4_sm120 import mxfp4, selector
 from vllm_mxfp4_sm120.backends.base import Backend
-from vllm_mxfp4_sm120.checkpoint import check_scales
 from vllm_mxfp4_sm120.memory import reused_blocks
 from vllm_mxfp4_sm120.moe import Activation, MoEShape, MoEWeights
 from vllm_mxfp4_sm120.platform import Machine
+from vllm_mxfp4_sm120.quantization import ops
+from vllm_mxfp4_sm120.quantization.loader import PARAMETERS, Loader, Shard, parameters
+from vllm_mxfp4_sm120.quantization.vllm_symbols import (
+    CUDAGraphMode,
+    FusedMoEConfig,
+    FusedMoEMethodBase,
+    FusedMoEParallelConfig,
+    MoEActivation,
+    RoutedExperts,
+    RoutingMethodType,
+    get_current_vllm_config,
+    init_logger,
+)
 
 logger = init_logger("vllm.mxfp4_sm120")
 
 ACTIVATIONS = {MoEActivation.SWIGLUOAI: Activation.SWIGLU_OAI, MoEActivation.SILU: Activation.SILU}
 # Both normalise over the chosen experts only, which is what `forward_logits` computes.
 ROUTED_BY_BACKEND = (RoutingMethodType.Renormalize, RoutingMethodType.RenormalizeNaive)
-# vLLM's names for the loaded tensors, as GPT-OSS's loader looks for them -> the fields of MoEWeights.
-LOADED = {
-    "w13_weight": "w13",
-    "w13_weight_scale": "w13_scale",
-    "w13_bias": "w13_bias",
-    "w2_weight": "w2",
-    "w2_weight_scale": "w2_scale",
-    "w2_bias": "w2_bias",
-}
 
 
 class Mxfp4Sm120MoEMethod(FusedMoEMethodBase):
@@ -47,15 +44,21 @@ class Mxfp4Sm120MoEMethod(FusedMoEMethodBase):
     weight_dtype = "mxfp4"
 
     backend: Backend
-    prepared: dict[str, Tensor]
+    shape: MoEShape
+    loader: Loader
 
     def __init__(self, moe: FusedMoEConfig) -> None:
         super().__init__(moe)
+        config = get_current_vllm_config()
         # vLLM's own router is needed to return the routing to the user, for any routing but GPT-OSS's, and where vLLM
         # (from 0.33 on) changes routes between router and experts.
-        returned = get_current_vllm_config().aux_output_config.enable_return_routed_experts
+        returned = config.aux_output_config.enable_return_routed_experts
         changed = getattr(moe, "require_decomposed_backend", False)
         self.routes = moe.routing_method in ROUTED_BY_BACKEND and not returned and not changed
+        self.compilation_config = config.compilation_config
+        # Then weights come later, from a trainer, or never.
+        self.invented = config.load_config.load_format == "dummy"
+        self.prepared: dict[str, Tensor] = {}
 
     @property
     def is_monolithic(self) -> bool:
@@ -83,7 +86,7 @@ class Mxfp4Sm120MoEMethod(FusedMoEMethodBase):
         **extra_weight_attrs: Any,
     ) -> None:
         """Register the checkpoint's layout as parameters to load into, and choose the backend. Raises ValueError."""
-        shape = MoEShape(
+        self.shape = MoEShape(
             num_experts=self.moe.num_experts,
             local_experts=num_experts,
             hidden_size=hidden_size,
@@ -92,34 +95,54 @@ class Mxfp4Sm120MoEMethod(FusedMoEMethodBase):
             has_bias=self.moe.has_bias,
             activation=ACTIVATIONS[self.moe.activation],
         )
-        request = selector.Request.from_user(self.moe.moe_backend, get_current_vllm_config().additional_config)
-        choice = selector.select(Machine.here(), shape, request)
+        self.request = selector.Request.from_user(self.moe.moe_backend, get_current_vllm_config().additional_config)
+        rank = self.moe.moe_parallel_config.tp_rank
+        shard = Shard.of(
+            layer.expert_map,
+            self.moe.num_experts,
+            self.moe.intermediate_size,
+            intermediate_size_per_partition,
+            rank,
+        )
+        self.loader = Loader(layer.layer_name, self.shape, shard)
+        self.choose(selector.select(Machine.here(), self.shape, self.request))
+        self.stage(layer, torch.get_default_device())
+
+    def choose(self, choice: selector.Choice) -> None:
         logger.info_once("mxfp4_sm120: %s", choice)
-        self.backend = choice.backend(shape)
-        never_capture_unless(self.backend)
-        weights = MoEWeights.empty(shape, torch.get_default_device())
-        for name, field in LOADED.items():
-            tensor = getattr(weights, field)
-            if tensor is not None:
-                parameter = torch.nn.Parameter(tensor, requires_grad=False)
-                set_weight_attrs(parameter, {**extra_weight_attrs, "weight_loader": Loader(layer)})
-                layer.register_parameter(name, parameter)
+        self.choice, self.backend = choice, choice.backend(self.shape)
+        never_capture_unless(self.backend, self.compilation_config)
+
+    def stage(self, layer: RoutedExperts, device: torch.device) -> None:
+        """Give the layer parameters in the checkpoint's layout to load into."""
+        for name, parameter in parameters(MoEWeights.empty(self.shape, device), self.loader).items():
+            layer.register_parameter(name, parameter)
 
     def process_weights_after_loading(self, layer: RoutedExperts) -> None:
-        """Give the loaded tensors to the backend and keep only what it made of them."""
-        weights = MoEWeights(
-            **{field: getattr(layer, name).data for name, field in LOADED.items() if hasattr(layer, name)}
-        )
-        for name, scales in (("gate_up_proj_scales", weights.w13_scale), ("down_proj_scales", weights.w2_scale)):
-            check_scales(f"{layer.layer_name}.{name}", scales)
-        for name in LOADED:
-            if hasattr(layer, name):
-                delattr(layer, name)
+        """Give the loaded tensors to the backend and keep only what it made of them.
+
+        The first time it may be another backend than was chosen, if that can't represent these scales. Later times
+        write into the tensors of the first, which CUDA graphs have captured. Raises ValueError.
+        """
+        weights = MoEWeights(**{field: getattr(layer, name).data for name, field in PARAMETERS.items()})
+        if self.loader.loaded or not self.invented or self.prepared:
+            self.loader.finish()
+        if self.prepared:
+            if (reason := self.backend.why_not_weights(weights)) is not None:
+                raise ValueError(f"{layer.layer_name}.{reason}; a running engine can't change its backend: restart it")
+        else:
+            choice = selector.fall_through(self.choice, self.shape, weights, self.request, layer.layer_name)
+            if choice.backend is not self.choice.backend:
+                self.choose(choice)
+        for name in PARAMETERS:
+            delattr(layer, name)
         with reused_blocks():
             prepared = self.backend.prepare(weights)
-        self.prepared = {}
         for name, tensor in prepared.items():
-            self.prepared[name] = torch.nn.Parameter(tensor, requires_grad=False)
+            if name in self.prepared:
+                self.prepared[name].copy_(tensor)
+            else:
+                self.prepared[name] = torch.nn.Parameter(tensor, requires_grad=False)
             layer.register_parameter(f"packed_{name}", self.prepared[name])
 
     def get_fused_moe_quant_config(self, layer: RoutedExperts) -> None:
@@ -135,91 +158,22 @@ class Mxfp4Sm120MoEMethod(FusedMoEMethodBase):
         shared_experts_input: Tensor | None,
     ) -> Tensor:
         if torch.compiler.is_compiling():
-            return moe_routed(x, topk_ids, topk_weights, layer.layer_name)
+            return ops.moe_routed(x, topk_ids, topk_weights, layer.layer_name)
         return self.backend.forward(self.prepared, x, topk_ids, topk_weights, layer.expert_map)
 
     def apply_monolithic(
         self, layer: RoutedExperts, x: Tensor, router_logits: Tensor, input_ids: Tensor | None = None
     ) -> Tensor:
         if torch.compiler.is_compiling():
-            return moe_logits(x, router_logits, layer.layer_name)
+            return ops.moe_logits(x, router_logits, layer.layer_name)
         return self.backend.forward_logits(self.prepared, x, router_logits, layer.expert_map)
 
 
-class Loader:
-    """Copies one tensor of the checkpoint, this rank's part of it, into its parameter. Raises ValueError.
-
-    vLLM calls it with all local experts of a stacked tensor, or with one expert (`shard_id`, `expert_id`).
-    """
-
-    def __init__(self, layer: RoutedExperts) -> None:
-        self.layer = layer
-
-    def __call__(
-        self,
-        param: torch.nn.Parameter,
-        loaded_weight: Tensor,
-        weight_name: str,
-        shard_id: str | None,
-        expert_id: int | None,
-        return_success: bool = False,
-    ) -> bool | None:
-        if expert_id is not None:
-            return self.layer.weight_loader(
-                param, loaded_weight, weight_name, shard_id, expert_id, return_success=return_success
-            )
-        target = param.data
-        # The last rank's shard may be shorter than the others': what lies behind it stays zero and adds nothing.
-        fits = all(have <= room for have, room in zip(loaded_weight.shape, target.shape, strict=True))
-        if loaded_weight.dtype != target.dtype or not fits:
-            raise ValueError(
-                f"{weight_name}: got {loaded_weight.dtype} {list(loaded_weight.shape)} for this rank, expected at most "
-                f"{target.dtype} {list(target.shape)}; the checkpoint does not match its config.json, fetch it again"
-            )
-        # Expert by expert: all of them aren't contiguous (MoEWeights.empty), and torch copies to what isn't through a
-        # second tensor on the GPU, 1 GiB for a 120b layer.
-        for expert, loaded in zip(target, loaded_weight, strict=False):
-            expert[tuple(slice(size) for size in loaded.shape)].copy_(loaded)
-        return True if return_success else None
-
-
-def never_capture_unless(backend: Backend) -> None:
+def never_capture_unless(backend: Backend, compilation_config: Any) -> None:
     """Turn CUDA graphs off, before the engine captures any, where the backend can't run inside one."""
-    compilation = get_current_vllm_config().compilation_config
-    if backend.capturable or not compilation.cudagraph_mode:
+    if backend.capturable or not compilation_config.cudagraph_mode:
         return
     logger.warning_once(
         "mxfp4_sm120: CUDA graphs are off, because the %s backend can't be captured in one", backend.name
     )
-    compilation.cudagraph_mode = CUDAGraphMode.NONE
-
-
-# vLLM's compiled CPU model traces into the layer, where a backend's choices depend on data; these two operators are the
-# wall. On GPUs vLLM has its own around the whole layer, and these are not called.
-
-
-def _method(layer_name: str) -> tuple[Mxfp4Sm120MoEMethod, RoutedExperts]:
-    layer = get_forward_context().no_compile_layers[layer_name].routed_experts
-    return layer.quant_method, layer
-
-
-@torch.library.custom_op("mxfp4_sm120::moe_logits", mutates_args=())
-def moe_logits(x: Tensor, router_logits: Tensor, layer_name: str) -> Tensor:
-    method, layer = _method(layer_name)
-    return method.apply_monolithic(layer, x, router_logits)
-
-
-@torch.library.custom_op("mxfp4_sm120::moe_routed", mutates_args=())
-def moe_routed(x: Tensor, topk_ids: Tensor, topk_weights: Tensor, layer_name: str) -> Tensor:
-    method, layer = _method(layer_name)
-    return method.apply(layer, x, topk_weights, topk_ids, None, None)
-
-
-@moe_logits.register_fake
-def _(x: Tensor, router_logits: Tensor, layer_name: str) -> Tensor:
-    return torch.empty_like(x)
-
-
-@moe_routed.register_fake
-def _(x: Tensor, topk_ids: Tensor, topk_weights: Tensor, layer_name: str) -> Tensor:
-    return torch.empty_like(x)
+    compilation_config.cudagraph_mode = CUDAGraphMode.NONE

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """GPT-OSS's router: for few tokens one short kernel, in place of a GEMM and its split-K sum."""
 
 from __future__ import annotations
@@ -6,14 +7,16 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from vllm.config import get_current_vllm_config
-from vllm.forward_context import get_forward_context
-from vllm.model_executor.custom_op import op_registry_oot
-from vllm.model_executor.layers.fused_moe.router.gate_linear import GateLinear
-from vllm.model_executor.layers.linear import UnquantizedLinearMethod
 
 from vllm_mxfp4_sm120.backends.base import Backend
 from vllm_mxfp4_sm120.plugin import NAME
+from vllm_mxfp4_sm120.quantization.vllm_symbols import (
+    GateLinear,
+    UnquantizedLinearMethod,
+    get_current_vllm_config,
+    get_forward_context,
+    op_registry_oot,
+)
 
 
 class RouterMethod(UnquantizedLinearMethod):

@@ -1,0 +1,104 @@
+# SPDX-License-Identifier: Apache-2.0
+"""vLLM's GPT-OSS, which takes only checkpoints that hold every tensor, once, as config.json says, from any source."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from typing import Any
+
+from torch import Tensor
+
+from vllm_mxfp4_sm120.checkpoint import checked
+from vllm_mxfp4_sm120.quantization import router
+from vllm_mxfp4_sm120.quantization.loader import PARAMETER_OF, PUBLISHED
+from vllm_mxfp4_sm120.quantization.vllm_symbols import (
+    GptOssForCausalLM,
+    RoutedExperts,
+    VllmConfig,
+    WeightsMapper,
+    init_logger,
+)
+
+logger = init_logger("vllm.mxfp4_sm120")
+
+
+class AdapterNames(WeightsMapper):
+    """Renames an adapter's tensors as vLLM's does, and refuses experts', which vLLM would drop without a word."""
+
+    def _map_name_with_shard(self, key: str) -> Any:
+        if ".experts" in key:
+            raise ValueError(
+                f"the adapter holds {key}, and packed experts take no adapter; train it without experts, or merge it "
+                "into the checkpoint"
+            )
+        return super()._map_name_with_shard(key)
+
+
+class Names(WeightsMapper):
+    """vLLM's table of names for loading, and `AdapterNames` for adapters."""
+
+    def get_rename_mapper(self) -> AdapterNames:
+        return AdapterNames(**vars(super().get_rename_mapper()))
+
+
+class Mxfp4Sm120ForCausalLM(GptOssForCausalLM):
+    """`complete`: a whole checkpoint has been loaded, and what comes now are updates of a part or of all."""
+
+    hf_to_vllm_mapper = Names(**vars(GptOssForCausalLM.hf_to_vllm_mapper))
+
+    def __init__(self, *, vllm_config: VllmConfig, prefix: str = "") -> None:
+        router.register()
+        super().__init__(vllm_config=vllm_config, prefix=prefix)
+        self.complete = vllm_config.load_config.load_format == "dummy"
+
+    def load_weights(self, weights: Iterable[tuple[str, Tensor]]) -> set[str]:
+        """Load a checkpoint, or in a running engine any part of one. Raises ValueError, naming the tensor."""
+        source = self.vllm_config.model_config.model
+        named = checked(weights, self.config.to_dict(), source, whole=not self.complete)
+        experts = _Experts(self)
+        loaded = super().load_weights(experts.take(named))
+        experts.finish()
+        self.complete = True
+        return loaded | experts.loaded
+
+
+class _Experts:
+    """The experts' tensors out of all that come, each cut to what this rank holds."""
+
+    def __init__(self, model: Mxfp4Sm120ForCausalLM) -> None:
+        modules = [(name, module) for name, module in model.named_modules() if isinstance(module, RoutedExperts)]
+        self.layers: dict[str, tuple[str, Any]] = {module.layer_name: (name, module) for name, module in modules}
+        self.loaded: set[str] = set()
+
+    def take(self, named: Iterable[tuple[str, Tensor]]) -> Iterator[tuple[str, Tensor]]:
+        """Load experts, and yield everything else."""
+        for name, tensor in named:
+            prefix, _, kind = name.rpartition(".")
+            if kind not in PUBLISHED:
+                yield name, tensor
+            elif prefix in self.layers:  # else another pipeline stage has that layer
+                self._load(*self.layers[prefix], PUBLISHED[kind], tensor)
+
+    def _load(self, name: str, layer: Any, field: str, tensor: Tensor) -> None:
+        method, parameter = layer.quant_method, PARAMETER_OF[field]
+        # In a running engine, vLLM gives a layer these parameters again before it reloads it, and calls
+        # `process_weights_after_loading` when they are full. A trainer that calls load_weights itself hasn't asked for
+        # that: then it is done here, and the old weights answer as long.
+        if not hasattr(layer, parameter):
+            method.stage(layer, next(iter(method.prepared.values())).device)
+        target = getattr(layer, parameter)
+        target.weight_loader(target, method.loader.shard.part(field, tensor), weight_name=parameter)
+        self.loaded.add(f"{name}.{parameter}")
+        if method.prepared and method.loader.complete:
+            method.process_weights_after_loading(layer)
+
+    def finish(self) -> None:
+        for name, (_, layer) in self.layers.items():
+            loader = layer.quant_method.loader
+            if layer.quant_method.prepared and loader.loaded and not loader.complete:
+                logger.warning(
+                    "mxfp4_sm120: %s has %d of its %d tensors; the old ones answer until the others come",
+                    name,
+                    len(loader.loaded),
+                    len(PUBLISHED),
+                )
