@@ -1,11 +1,25 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The tests' options. Not in tests/: before pytest knows --replay, it takes the FILE behind it for a test's place."""
+"""The tests' options, and what tests of several kinds use.
+
+The options can't stand in tests/: before pytest knows --replay, it takes the FILE behind it for a test's place.
+"""
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+import torch
+
+
+@pytest.fixture
+def one_thread() -> Iterator[None]:
+    """For problems so small that threads would only wait for each other."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:

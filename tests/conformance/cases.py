@@ -114,9 +114,9 @@ class Case:
         }
         return some.get(self.local, every) or every
 
-    def tensors(self, device: torch.device | str = "cpu") -> Tensors:
-        """Drawn on the CPU, so that a case is the same on every device."""
-        return Tensors.of(self, torch.Generator().manual_seed(self.seed)).to(device)
+    def tensors(self) -> Tensors:
+        """Drawn on the CPU, so that a case is the same for every device."""
+        return Tensors.of(self, torch.Generator().manual_seed(self.seed))
 
 
 @dataclass

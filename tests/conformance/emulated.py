@@ -4,14 +4,17 @@
 from __future__ import annotations
 
 import ctypes
+from dataclasses import replace
 from typing import Any
 
 from torch import Tensor
 
+from tests.conformance.cases import Case
 from tests.kernels.emulated import Emulated
 from vllm_mxfp4_sm120.backends.native import Native
 from vllm_mxfp4_sm120.moe import MoEShape, MoEWeights
 
+MOST_PRODUCTS = 8_000  # times 1024
 # Kernels of `launch_table` by the most tokens that they take.
 CONFIGS = {0: 8, 1: 64, **dict.fromkeys(range(2, 9), 1 << 30)}
 
@@ -26,10 +29,30 @@ def emulated_native(library: ctypes.CDLL) -> type[Native]:
         def prepare(self, weights: MoEWeights) -> Any:
             return Emulated(library, self.shape, weights)
 
-        def forward_logits(
-            self, prepared: Any, x: Tensor, router_logits: Tensor, expert_map: Tensor | None = None
+        def _layer(
+            self,
+            prepared: Any,
+            x: Tensor,
+            router_logits: Tensor | None,
+            topk_ids: Tensor | None,
+            topk_weights: Tensor | None,
+            expert_map: Tensor | None,
         ) -> Tensor:
             able = [config for config, most in CONFIGS.items() if x.shape[0] <= most]
-            return prepared(x, router_logits, able[self.shape.packed_bytes_per_expert // 51 % len(able)], expert_map)
+            config = able[self.shape.packed_bytes_per_expert // 51 % len(able)]
+            topk = None if topk_ids is None or topk_weights is None else (topk_ids, topk_weights)
+            return prepared(x, router_logits, config, expert_map, topk=topk)
 
     return EmulatedNative
+
+
+def small(case: Case) -> Case:
+    """The same, small enough for seconds: a block's threads run one after the other here."""
+    while case.tokens * case.top_k * case.hidden_blocks * case.intermediate_blocks > MOST_PRODUCTS:
+        case = replace(
+            case,
+            tokens=-(-case.tokens // 2),
+            hidden_blocks=-(-case.hidden_blocks // 2),
+            intermediate_blocks=-(-case.intermediate_blocks // 2),
+        )
+    return case

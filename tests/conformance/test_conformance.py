@@ -26,13 +26,7 @@ from vllm_mxfp4_sm120.moe import reference
 SHARE = {"tiled": 0.6, "upcast": 0.1, "triton": 0.04}
 
 
-@pytest.fixture(autouse=True)
-def one_thread():
-    """In problems this small, threads would only wait for each other."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 @pytest.fixture

@@ -107,22 +107,24 @@ class Emulated:
     def __call__(
         self,
         x: Tensor,
-        logits: Tensor,
+        logits: Tensor | None,
         config: int,
         expert_map: Tensor | None = None,
         workspace: Tensor | None = None,
+        topk: tuple[Tensor, Tensor] | None = None,
     ) -> Tensor:
+        """From router logits, or from topk_ids int32 [M, k] and topk_weights float32 [M, k] instead."""
         shape = self.shape
         if workspace is None:
             workspace = self.workspace(x.shape[0])
-        x, logits, out = aligned(x), aligned(logits), aligned(torch.full_like(x, torch.nan))
+        x, out = aligned(x), aligned(torch.full_like(x, torch.nan))
+        logits = None if logits is None else aligned(logits)
+        topk_ids, topk_weights = map(aligned, topk) if topk else (None, None)
         tensors = (x, self.w13, self.w2, *self.biases, logits)
         args = MoeArgs(
             *map(pointer, tensors),
-            logits.dtype == torch.float32,
-            None,
-            None,
-            *map(pointer, (expert_map, out, workspace)),
+            logits is not None and logits.dtype == torch.float32,
+            *map(pointer, (topk_ids, topk_weights, expert_map, out, workspace)),
             *(x.shape[0], shape.hidden_size, shape.intermediate_size),
             *(shape.num_experts, shape.local_experts, shape.top_k),
             shape.activation is Activation.SWIGLU_OAI,

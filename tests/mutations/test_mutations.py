@@ -4,7 +4,6 @@
 from __future__ import annotations
 
 import pytest
-import torch
 
 from tests.conformance.suite import TOLERANCE, Subject, draw
 from tests.mutations.backends import MUTATIONS, PROOF, SUITE, faulty_tiled
@@ -18,13 +17,7 @@ SHAPES = (MoEShape(20, 20, 96, 160, 4), MoEShape(40, 20, 96, 160, 4))
 CASES = 400
 
 
-@pytest.fixture(autouse=True, scope="module")
-def one_thread():
-    """In problems this small, threads would only wait for each other."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 def what_the_proof_says(backend: type[Backend]) -> str | None:

@@ -103,6 +103,8 @@ class Native(Backend):
         topk_weights: Tensor,
         expert_map: Tensor | None = None,
     ) -> Tensor:
+        if topk_ids.dtype == torch.int64:  # no id may come into range by being narrowed
+            topk_ids = topk_ids.clamp(-1, self.shape.num_experts)
         ids, gates = topk_ids.to(torch.int32).contiguous(), topk_weights.float().contiguous()
         return self._layer(prepared, x, None, ids, gates, expert_map)
 

@@ -100,8 +100,4 @@ def import_path() -> list[str]:
         here = os.path.realpath(os.getcwd())
     except FileNotFoundError:  # deleted meanwhile
         here = ""
-    return [
-        entry
-        for entry in sys.path
-        if os.path.isabs(entry) and (entry in named or os.path.realpath(entry) != here)
-    ]
+    return [entry for entry in sys.path if os.path.isabs(entry) and (entry in named or os.path.realpath(entry) != here)]
