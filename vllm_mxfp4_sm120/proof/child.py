@@ -3,7 +3,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import json
 import os
 import signal
@@ -11,11 +10,13 @@ import subprocess
 import sys
 from dataclasses import asdict
 from pathlib import Path
+from typing import Any
 
 import torch
 
 from vllm_mxfp4_sm120 import envs
 from vllm_mxfp4_sm120.backends.base import Backend
+from vllm_mxfp4_sm120.lifeline import tied
 from vllm_mxfp4_sm120.moe import MoEShape
 from vllm_mxfp4_sm120.proof.problem import Proof
 
@@ -24,40 +25,29 @@ SCRIPT = Path(__file__).with_name("child_main.py")
 
 def solve_in_child(backend: type[Backend], shape: MoEShape, device: torch.device | str, seconds: float) -> Proof:
     """Run the problem in a process of its own. It ends with this one, however this one ends."""
-    ends_with_us, hold = os.pipe()
     task = {
         "backend": f"{backend.__module__}:{backend.__qualname__}",
         "shape": asdict(shape),
         "device": str(device),
         "path": import_path(),
-        "parent": os.getpid(),
-        "parent_lives": ends_with_us,
     }
-    child = None
+    options: dict[str, Any] = {
+        "stdout": subprocess.PIPE,
+        "stderr": subprocess.PIPE,
+        "stdin": subprocess.DEVNULL,
+        # Also for the processes that compilers start: none looks for modules where it happens to stand.
+        "env": {**os.environ, "PYTHONSAFEPATH": "1"},
+        "cwd": "/",
+        "text": True,
+        "errors": "replace",
+    }
     try:
-        child = subprocess.Popen(
-            [sys.executable, str(SCRIPT), json.dumps(task)],
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-            stdin=subprocess.DEVNULL,
-            # Also for the processes that compilers start: none looks for modules where it happens to stand.
-            env={**os.environ, "PYTHONSAFEPATH": "1"},
-            cwd="/",
-            text=True,
-            errors="replace",
-            pass_fds=(ends_with_us,),
-            start_new_session=True,  # so that a compiler it started ends with it
-        )
-        return outcome(child, *child.communicate(timeout=seconds))
+        with tied([sys.executable, str(SCRIPT), json.dumps(task)], **options) as child:
+            return outcome(child, *child.communicate(timeout=seconds))
     except subprocess.TimeoutExpired:
         return Proof(f"no answer within {seconds:g} s ({envs.PROOF_SECONDS.name})", final=False)
     except OSError as error:
         return Proof(f"its process could not be started: {error}", final=False)
-    finally:
-        if child is not None:
-            end(child)
-        os.close(ends_with_us)
-        os.close(hold)
 
 
 def outcome(child: subprocess.Popen[str], out: str, err: str) -> Proof:
@@ -77,17 +67,6 @@ def how_it_ended(status: int) -> str:
         return f"killed by {signal.Signals(-status).name}"
     except ValueError:
         return f"killed by signal {-status}"
-
-
-def end(child: subprocess.Popen[str]) -> None:
-    """The child and what it started."""
-    with contextlib.suppress(ProcessLookupError, PermissionError):
-        os.killpg(child.pid, signal.SIGKILL)
-    with contextlib.suppress(subprocess.TimeoutExpired):  # stuck in the driver, not even SIGKILL ends it: leave it
-        child.wait(timeout=5)
-    for pipe in (child.stdout, child.stderr):
-        if pipe is not None:
-            pipe.close()
 
 
 def import_path() -> list[str]:

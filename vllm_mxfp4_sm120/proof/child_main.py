@@ -1,41 +1,19 @@
 # SPDX-License-Identifier: Apache-2.0
 """What child.py starts, by its path: one JSON task as argument, one JSON answer on stdout.
 
-Only the standard library is imported before the process is tied to its parent and knows where to find modules.
+Only the standard library is imported before it knows where to find modules.
 """
 
 from __future__ import annotations
 
-import ctypes
 import importlib.util
 import json
 import os
-import signal
 import sys
 import traceback
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
-
-PR_SET_PDEATHSIG = 1  # linux/prctl.h
-
-
-def end_with_parent(parent: int, parent_lives: int) -> None:
-    """Tie this process to its parent, `parent_lives` being a pipe that closes when that ends, in whatever way.
-
-    The kernel kills this process even where it hangs in a driver's call. What it has started by then, compilers, the
-    kernel leaves: a process of their group waits for the pipe and ends them all.
-    """
-    if sys.platform == "linux":
-        ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
-    if os.getppid() != parent:  # it ended before the kernel was told
-        os._exit(1)
-    if os.fork() == 0:
-        for stream in (0, 1, 2):
-            os.close(stream)
-        os.read(parent_lives, 1)
-        os.killpg(0, signal.SIGKILL)
-    os.close(parent_lives)
 
 
 def load_package() -> None:
@@ -64,7 +42,6 @@ def solve(task: dict[str, Any]) -> dict[str, Any]:
 
 
 def main(task: dict[str, Any]) -> None:
-    end_with_parent(task["parent"], task["parent_lives"])
     sys.path[:] = task["path"]
     # What libraries print goes to stderr: stdout is for the answer alone.
     with os.fdopen(os.dup(sys.stdout.fileno()), "w") as answer:
