@@ -10,8 +10,9 @@ import torch
 from machines import NO_FLASHINFER, NO_SM120, NOT_BUILT, install, machine
 
 from vllm_mxfp4_sm120 import selector
-from vllm_mxfp4_sm120.cli import doctor
+from vllm_mxfp4_sm120.cli import doctor, surroundings
 from vllm_mxfp4_sm120.cli.__main__ import main
+from vllm_mxfp4_sm120.cli.surroundings import Attention, Python
 from vllm_mxfp4_sm120.platform import Machine
 
 
@@ -20,6 +21,10 @@ def clean(monkeypatch, tmp_path):
     for name in [name for name in os.environ if name.startswith("MXFP4_SM120_")]:
         monkeypatch.delenv(name)
     monkeypatch.setenv("MXFP4_SM120_CACHE_DIR", str(tmp_path))
+    monkeypatch.setattr(surroundings, "other_pythons", lambda: [Python("/usr/bin/python3", "0.33.0", None)])
+    monkeypatch.setattr(
+        surroundings, "attention", lambda: Attention("TritonAttentionBackend", {"FLASH_ATTN": "no sinks"})
+    )
     selector.select.cache_clear()
     yield
     selector.select.cache_clear()
@@ -31,6 +36,7 @@ def pretend(monkeypatch, name, **installed):
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
     card = type("Card", (), {"name": name, "major": 12, "minor": 0, "total_memory": 32 * 2**30})
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda index: card)
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda index: (20 * 2**30, 32 * 2**30))
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="this machine has a GPU")
@@ -51,7 +57,7 @@ def test_on_a_5090(monkeypatch, capsys):
     monkeypatch.setenv("MXFP4_SM120_MOE_STREAMS", "2")
     assert main(["doctor"]) == 0
     printed = capsys.readouterr().out.splitlines()
-    assert "GPU 0  RTX 5090  sm_120  32 GiB" in printed
+    assert "GPU 0  RTX 5090  sm_120  32 GiB, 20.0 free" in printed
     assert f"flashinfer_trtllm       no: {NO_SM120}" in printed
     assert f"flashinfer_trtllm_mxfp8 no: {NO_SM120} (only if asked for)" in printed
     assert "native                  no: its process died (killed by SIGSEGV): it said nothing" in printed
@@ -106,3 +112,54 @@ def test_nothing_missing_is_imported():
     done = subprocess.run([sys.executable, "-c", code], env=env, capture_output=True, text=True, timeout=120)
     assert done.returncode == 0, done.stderr
     assert "triton                  no: Triton is not installed" in done.stdout
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="this machine has a GPU")
+def test_the_first_hours_questions(monkeypatch, capsys):
+    monkeypatch.setenv("VLLM_PLUGINS", "other")
+    pretend(monkeypatch, "RTX 5090")
+    main(["doctor"])
+    printed = capsys.readouterr().out
+    assert "attention     TritonAttentionBackend\n              not FLASH_ATTN: no sinks" in printed
+    assert "/usr/bin/python3  vLLM 0.33.0, plugin none" in printed
+    assert "/usr/bin/python3 has vLLM 0.33.0 without this plugin: install it there, too" in printed
+    assert "VLLM_PLUGINS=other keeps vLLM from loading this plugin: add mxfp4_sm120 to it" in printed
+    assert "20.0 GiB are free on the emptiest GPU: the KV cache comes on top" in printed  # 20b
+    assert "20.0 GiB are free on the emptiest GPU: too little for one rank" in printed  # 120b
+
+
+def test_a_report_names_nobody(monkeypatch, capsys):
+    monkeypatch.setenv("HOME", "/home/janedoe")
+    monkeypatch.setattr(doctor.getpass, "getuser", lambda: "janedoe")
+    monkeypatch.setattr(doctor.socket, "gethostname", lambda: "secretbox")
+    said = (
+        "/home/janedoe/models/x.so of janedoe@secretbox with hf_abcdefghij: /srv/janedoe/env/bin/python, "
+        "~/private/file\nMXFP4_SM120_CACHE_DIR=/data/team x/cache"
+    )
+    scrubbed = doctor.scrub(said)
+    for secret in ("janedoe", "secretbox", "hf_", "/srv", "models", "private", "team"):
+        assert secret not in scrubbed
+    assert "x.so" in scrubbed and scrubbed.endswith("MXFP4_SM120_CACHE_DIR=<path>")
+    assert main(["doctor", "--report", "--no-proof"]) == 0
+    printed = capsys.readouterr().out
+    assert printed.startswith("### mxfp4-sm120 doctor\n\n```\n") and "gpt-oss-120b" in printed
+
+
+def test_a_plugin_that_is_not_installed(monkeypatch):
+    monkeypatch.setattr(surroundings.metadata, "entry_points", lambda **which: [])
+    assert "vllm-mxfp4-sm120 is not installed for" in surroundings.why_not_found()
+
+
+def test_another_python(tmp_path, monkeypatch):
+    """One that has neither, found by the first line of a script called vllm."""
+    monkeypatch.undo()
+    python = tmp_path / "python"
+    python.symlink_to(os.path.realpath(sys.executable))
+    (tmp_path / "vllm").write_text(f"#!{python}\n")
+    (tmp_path / "vllm").chmod(0o755)
+    monkeypatch.setenv("PATH", str(tmp_path))
+    monkeypatch.delenv("PYTHONPATH", raising=False)
+    others = surroundings.other_pythons()
+    assert all(other.vllm is None for other in others)
+    if sys.prefix != sys.base_prefix:
+        assert [other.executable for other in others] == [str(python)]

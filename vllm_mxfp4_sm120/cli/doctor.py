@@ -1,18 +1,26 @@
+# SPDX-License-Identifier: Apache-2.0
 """`mxfp4-sm120 doctor`: what is here, which backends can serve with it, and what would be chosen."""
 
 from __future__ import annotations
 
 import argparse
+import getpass
 import json
 import os
+import re
+import socket
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
 
 import torch
 
-from vllm_mxfp4_sm120 import __version__, envs, platform, proof, selector
+from vllm_mxfp4_sm120 import __version__, envs, memory, platform, proof, selector
 from vllm_mxfp4_sm120.backends import native
 from vllm_mxfp4_sm120.checkpoint import Sizes, published_config
+from vllm_mxfp4_sm120.cli import surroundings
+from vllm_mxfp4_sm120.cli.make_tiny import checkpoint_bytes
+from vllm_mxfp4_sm120.cli.surroundings import Attention, Python
 from vllm_mxfp4_sm120.platform import Machine
 
 MODELS = ("gpt-oss-20b", "gpt-oss-120b")
@@ -21,12 +29,13 @@ DISTRIBUTIONS = {"vLLM": "vllm", "FlashInfer": "flashinfer-python", "Triton": "t
 
 @dataclass(frozen=True)
 class Gpu:
-    """One card that this process sees. `memory` in bytes."""
+    """One card that this process sees. `memory` and what is `free` of it in bytes."""
 
     index: int
     name: str
     sm: str
     memory: int
+    free: int
 
 
 @dataclass(frozen=True)
@@ -52,6 +61,10 @@ class Report:
     library: str | None = None
     backends: list[BackendReport] = field(default_factory=list)
     chosen: dict[str, str | None] = field(default_factory=dict)
+    weights: dict[str, int] = field(default_factory=dict)  # bytes of a model's, packed
+    free: int = 0  # bytes of the machine's memory
+    pythons: list[Python] = field(default_factory=list)
+    attention: Attention | None = None
     notes: list[str] = field(default_factory=list)
     flags: dict[str, str] = field(default_factory=dict)
 
@@ -69,7 +82,8 @@ def examine(prove: bool = True) -> Report:
     if machine.capability is not None:
         for index in range(torch.cuda.device_count()):
             card = torch.cuda.get_device_properties(index)
-            report.gpus.append(Gpu(index, card.name, f"sm_{card.major}{card.minor}", card.total_memory))
+            free = torch.cuda.mem_get_info(index)[0]
+            report.gpus.append(Gpu(index, card.name, f"sm_{card.major}{card.minor}", card.total_memory, free))
     elif platform.driver() is not None:
         report.notes.append("there is an NVIDIA driver, but torch sees no GPU: a CPU build, or CUDA_VISIBLE_DEVICES?")
     if native.LIBRARY.exists():
@@ -79,7 +93,10 @@ def examine(prove: bool = True) -> Report:
             report.notes.append(f"{native.LIBRARY.name}: {error}")
     request = selector.Request.from_user()
     request = replace(request, proof=prove and request.proof)
+    look_around(report, ask_vllm=prove)
     layers = {model: Sizes.from_config(published_config(model)).layer for model in MODELS}
+    report.weights = {model: checkpoint_bytes(published_config(model)) for model in MODELS}
+    report.free = memory.free_bytes() if machine.capability is None else 0
     shape = layers[MODELS[0]]
     for name in selector.MODULES:
         backend = selector.load(name)
@@ -100,6 +117,22 @@ def examine(prove: bool = True) -> Report:
     return report
 
 
+def look_around(report: Report, ask_vllm: bool) -> None:
+    """Who will find this plugin, and what the vLLM that is here does with the rest of the model."""
+    report.pythons = surroundings.other_pythons()
+    why_not_found = surroundings.why_not_found()
+    if report.versions["vLLM"] is not None:
+        if why_not_found is not None:
+            report.notes.append(why_not_found)
+        if ask_vllm:
+            report.attention = surroundings.attention()
+    else:
+        report.notes.append("vLLM is not installed for this Python")
+    for other in report.pythons:
+        if other.vllm is not None and other.plugin is None:
+            report.notes.append(f"{other.executable} has vLLM {other.vllm} without this plugin: install it there, too")
+
+
 def versions() -> dict[str, str | None]:
     """Of all that takes part; None for what isn't there."""
     found: dict[str, str | None] = {
@@ -115,10 +148,15 @@ def lines(report: Report) -> Iterator[str]:
     """The report for people."""
     yield "  ".join(f"{name} {version or 'none'}" for name, version in report.versions.items())
     for gpu in report.gpus:
-        yield f"GPU {gpu.index}  {gpu.name}  {gpu.sm}  {gpu.memory / 2**30:.0f} GiB"
+        yield f"GPU {gpu.index}  {gpu.name}  {gpu.sm}  {gpu.memory / 2**30:.0f} GiB, {gpu.free / 2**30:.1f} free"
     if not report.gpus:
         yield "no NVIDIA GPU"
     yield f"CUDA library  {'built for ' + report.library if report.library else 'none'}"
+    for python in report.pythons:
+        yield f"{python.executable}  vLLM {python.vllm or 'none'}, plugin {python.plugin or 'none'}"
+    if report.attention is not None:
+        yield f"attention     {report.attention.name or report.attention.why_unknown}"
+        yield from (f"              not {name}: {why}" for name, why in report.attention.refused.items())
     yield ""
     for backend in report.backends:
         if backend.why_not is not None:
@@ -129,15 +167,55 @@ def lines(report: Report) -> Iterator[str]:
     yield ""
     for model, name in report.chosen.items():
         yield f"{model:24}{name or 'none: see below'}"
+        yield f"{'':24}{memory_beside(report, model)}"
     for flag, value in report.flags.items():
         yield f"{flag}={value}"
     yield from report.notes
 
 
+def memory_beside(report: Report, model: str) -> str:
+    """What a model's weights take, beside what is free."""
+    weights = report.weights[model] / 2**30
+    free = max((gpu.free for gpu in report.gpus), default=report.free) / 2**30
+    where = "on the emptiest GPU" if report.gpus else "of the machine's memory"
+    fits = "the KV cache comes on top" if weights < free else "too little for one rank"
+    return f"weights {weights:.1f} GiB, {free:.1f} GiB are free {where}: {fits}"
+
+
+def markdown(report: Report) -> str:
+    """The report for an issue, without what says who or where its user is."""
+    return f"### mxfp4-sm120 doctor\n\n```\n{scrub(chr(10).join(lines(report)))}\n```"
+
+
+def scrub(text: str) -> str:
+    """Paths but for their last part, keys, the names of user and machine: all left out."""
+    text = re.sub(r"\b(?:hf_|sk-|ghp_|github_pat_)[\w-]{6,}", "<key>", text)
+    text = re.sub(rf"{re.escape(envs.CACHE_DIR.name)}=.*", f"{envs.CACHE_DIR.name}=<path>", text)
+    for name, instead in ((_home(), "~"), (_user(), "<user>"), (socket.gethostname(), "<host>")):
+        if name and name not in ("/", "root", "localhost"):
+            text = re.sub(rf"(?<!\w){re.escape(name)}(?!\w)", instead, text)
+    return re.sub(r"(?<![\w<])~?/(?:[^\s/:;,'\"]+/)+", "<path>/", text)
+
+
+def _home() -> str | None:
+    try:
+        return str(Path.home())
+    except RuntimeError:
+        return None
+
+
+def _user() -> str | None:
+    try:
+        return getpass.getuser()
+    except (OSError, KeyError, ImportError):  # an id without a name
+        return None
+
+
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--json", action="store_true", help="print the report as JSON")
+    parser.add_argument("--report", action="store_true", help="print it as Markdown for a bug report, without names")
     parser.add_argument(
-        "--no-proof", action="store_true", help="don't try the backends, only say whether they could run"
+        "--no-proof", action="store_true", help="don't try the backends nor vLLM, only say what could run"
     )
     parser.add_argument("--forget", action="store_true", help="forget what earlier proofs found, and try again")
 
@@ -149,6 +227,8 @@ def run(args: argparse.Namespace) -> int:
     report = examine(prove=not args.no_proof)
     if args.json:
         print(json.dumps(asdict(report) | {"can_serve": report.can_serve}, indent=2))
+    elif args.report:
+        print(markdown(report))
     else:
         print("\n".join(lines(report)))
     return 0 if report.can_serve else 1
