@@ -11,13 +11,15 @@ serve: $(READY) $(if $(filter $(TINY),$(MODEL)),$(TINY)/config.json)
 	@$(VENV)/bin/mxfp4-sm120 serve $(MODEL) -- $(if $(filter $(TINY),$(MODEL)),--config configs/serve/tiny.yaml,--quantization mxfp4_sm120) $(ARGS)
 
 test: $(READY)
-	@echo "==> ruff, mypy, pytest"
+	@echo "==> ruff, clang-format, mypy, pytest"
 	@$(VENV)/bin/ruff check
+	@$(VENV)/bin/ruff format --check
+	@$(VENV)/bin/clang-format --dry-run --Werror $$(find kernels/csrc -name '*.cu' -o -name '*.cuh' -o -name '*.h' -o -name '*.cpp')
 	@$(VENV)/bin/mypy
 	@$(VENV)/bin/pytest $(ARGS)
 
 # Made anew only when one of these has changed; pip then finds most of it in place.
-$(READY): setup.py pyproject.toml kernels/setup.py scripts/environment.py
+$(READY): setup.py pyproject.toml kernels/setup.py scripts/build_backend.py scripts/environment.py
 	@$(PYTHON) scripts/environment.py $(VENV)
 	@touch $@
 

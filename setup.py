@@ -1,62 +1,61 @@
-"""The package, and the CUDA library where this machine can build it."""
+# SPDX-License-Identifier: Apache-2.0
+"""The CUDA library in the wheel. Everything else about the package is in pyproject.toml."""
 
+import os
+import platform
+import re
 import runpy
-import sysconfig
+import shutil
+import sys
 from pathlib import Path
 
 from setuptools import find_packages, setup
 from setuptools.command.bdist_wheel import bdist_wheel
 from setuptools.command.build_py import build_py
 
-VERSION = "0.1.0"
-KERNELS = runpy.run_path(str(Path(__file__).parent / "kernels" / "setup.py"))
+PACKAGE = Path(__file__).parent / "vllm_mxfp4_sm120"
+KERNELS = runpy.run_path(str(PACKAGE.parent / "kernels" / "setup.py"))
 
 
 class BuildPy(build_py):
-    """The library first: wheels and editable installs then both hold it."""
+    """The package anew, then the library beside it: nothing that an earlier build left behind is packed."""
 
     def run(self):
-        KERNELS["build"]()
+        target = PACKAGE if self.editable_mode else Path(self.build_lib) / PACKAGE.name
+        if not self.editable_mode:
+            shutil.rmtree(target, ignore_errors=True)
         super().run()
+        if not KERNELS["wanted"]():
+            print(f"no GPU, or {KERNELS['SWITCH']}=0: without the CUDA library", file=sys.stderr)
+            return
+        # 1 asks for a library that others can use, too.
+        for_cards = None if os.environ.get(KERNELS["SWITCH"]) == "1" else KERNELS["cards"]()
+        KERNELS["build"](target / KERNELS["NAME"], for_cards)
 
 
 class Wheel(bdist_wheel):
     """With the library, a wheel is for one platform, but for every Python: it needs torch's stable ABI, no Python's."""
 
     def get_tag(self):
-        python, abi, platform = super().get_tag()
-        if KERNELS["LIBRARY"].exists():
-            platform = sysconfig.get_platform().replace("-", "_").replace(".", "_")
-        return python, abi, platform
+        if not KERNELS["wanted"]():
+            return "py3", "none", "any"
+        return "py3", "none", f"manylinux_2_{self.glibc()}_{platform.machine()}"
+
+    def glibc(self):
+        """The newest version of glibc's symbols that the library asks for, 28 if all are older."""
+        build_py = self.get_finalized_command("build_py")
+        library = Path(build_py.build_lib) / PACKAGE.name / KERNELS["NAME"]
+        if not library.exists():  # asked for the tag alone, before anything is built
+            return 28
+        return max(28, *map(int, re.findall(rb"\0GLIBC_2\.(\d+)", library.read_bytes())))
 
 
 setup(
-    name="vllm-mxfp4-sm120",
-    version=VERSION,
-    description="GPT-OSS in vLLM with MXFP4 experts that stay packed, from consumer Blackwell to CPU",
-    license="Apache-2.0",
-    python_requires=">=3.11",
-    packages=[*find_packages(include=["vllm_mxfp4_sm120", "vllm_mxfp4_sm120.*"]), "vllm_mxfp4_sm120.configs"],
-    # configs/ lies beside the package in the repository and inside it in a wheel.
-    package_dir={"vllm_mxfp4_sm120.configs": "configs"},
-    package_data={"vllm_mxfp4_sm120": ["*.so"], "vllm_mxfp4_sm120.configs": ["**/*.json", "**/*.yaml"]},
-    install_requires=["filelock", "packaging", "safetensors", "tokenizers", "torch>=2.11", "tqdm"],
-    extras_require={
-        # The two nvidia-cuda packages read machine code: the tests look into the library.
-        "test": [
-            "hypothesis",
-            "mypy",
-            "nvidia-cuda-cuobjdump",
-            "nvidia-cuda-nvdisasm",
-            "pytest",
-            "ruff",
-            "transformers",
-        ],
-        "bench": ["rich"],
-    },
+    # configs/ and kernels/ are packages only by where a wheel has them.
+    packages=[
+        *find_packages(include=["vllm_mxfp4_sm120", "vllm_mxfp4_sm120.*"]),
+        "vllm_mxfp4_sm120.configs",
+        "vllm_mxfp4_sm120.kernels",
+    ],
     cmdclass={"build_py": BuildPy, "bdist_wheel": Wheel},
-    entry_points={
-        "vllm.general_plugins": ["mxfp4_sm120 = vllm_mxfp4_sm120.plugin:register"],
-        "console_scripts": ["mxfp4-sm120 = vllm_mxfp4_sm120.cli.__main__:main"],
-    },
 )

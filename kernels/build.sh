@@ -11,7 +11,8 @@ kernels/build.sh [--native | --stub | --cutlass | --flashinfer] [-o FILE] [-- CM
   --cutlass     compile-only: CUTLASS's SM120 block-scaled grouped GEMM, from the headers that FlashInfer carries
   --flashinfer  compile-only: FlashInfer's own MXFP4 grouped GEMM for SM120 (its headers want cuRAND's)
   -o FILE       where the library goes (default: vllm_mxfp4_sm120/_native.so)
-Environment: PYTHON (its torch gives the headers), CUDA_HOME, FLASHINFER_DIR (FlashInfer's package folder), MAX_JOBS
+Environment: PYTHON (its torch gives the headers), CUDA_HOME, CUDACXX (nvcc), FLASHINFER_DIR (FlashInfer's package
+folder), MAX_JOBS, BUILD_DIR (where CMake works)
 TEXT
 }
 
@@ -39,7 +40,7 @@ if [[ -z ${PYTHON:-} ]]; then
 fi
 # A folder for each kind and choice of cards: switching between them rebuilds nothing.
 cards=$(printf %s "${CMAKE_CUDA_ARCHITECTURES:-}|${TORCH_CUDA_ARCH_LIST:-}|$PYTHON|$*" | cksum | cut -d' ' -f1)
-build=$here/build/$kind-$cards
+build=${BUILD_DIR:-$here/build}/$kind-$cards
 generator=()
 command -v ninja >/dev/null && generator=(-G Ninja)
 cmake -S "$here" -B "$build" "${generator[@]}" -DMXFP4_SM120_KIND="$kind" \

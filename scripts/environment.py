@@ -37,10 +37,11 @@ def main() -> int:
         return 1
     python = directory / "bin" / "python"
     if has_nvidia_gpu():
-        say("an NVIDIA GPU: installing vLLM for CUDA, and the plugin with its CUDA library if nvcc is there")
-        pip(python, "install", VLLM_CUDA, "setuptools>=77", "wheel", "cmake", "ninja")
-        # Without isolation the build sees torch, which it compiles against.
-        pip(python, "install", "--no-build-isolation", "--editable", f"{ROOT}[test]")
+        say("an NVIDIA GPU: installing vLLM for CUDA")
+        pip(python, "install", VLLM_CUDA)
+        # The build compiles against the headers of the torch that has just come, and fetches nvcc where there is none.
+        say("installing the plugin, compiling its CUDA library for this card")
+        pip(python, "install", "--editable", f"{ROOT}[test]")
     else:
         say("no NVIDIA GPU: installing torch and vLLM for CPU")
         install_cpu_torch(python)
@@ -48,7 +49,6 @@ def main() -> int:
         drop_broken(python)
         name_vllm(python)
         say("installing the plugin")
-        # In isolation the build sees no torch, so it leaves the CUDA library out: nothing here could run it.
         pip(python, "install", "--editable", f"{ROOT}[test]")
     say("environment ready")
     return 0
