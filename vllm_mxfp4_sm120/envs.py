@@ -129,6 +129,12 @@ CACHE_DIR: Variable[str | None] = Variable(
     None,
     "where solved problems are remembered; by default vllm_mxfp4_sm120 in XDG_CACHE_HOME or ~/.cache",
 )
+BUILD: Variable[bool | None] = Variable(
+    "MXFP4_SM120_BUILD",
+    _FLAG,
+    None,
+    "while installing: 0 leaves the CUDA library out, 1 builds it for every card; by default for this machine's GPU",
+)
 
 TABLE: tuple[Variable, ...] = tuple(value for value in list(globals().values()) if isinstance(value, Variable))
 

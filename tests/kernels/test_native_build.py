@@ -394,12 +394,16 @@ def test_a_library_that_cannot_be_loaded_is_a_reason(tmp_path: Path):
     assert result.stdout.startswith("_native.so can't be used: "), result.stderr
 
 
-def test_without_nvcc_the_package_installs_and_says_so(monkeypatch: pytest.MonkeyPatch, capsys):
-    monkeypatch.delenv("CUDACXX", raising=False)
+def test_without_a_compiler_the_installation_fails_and_says_what_to_do(monkeypatch: pytest.MonkeyPatch):
+    for name in ("CUDACXX", "CXX"):
+        monkeypatch.delenv(name, raising=False)
     monkeypatch.setattr(shutil, "which", lambda *arguments, **options: None)
     setup = runpy.run_path(str(KERNELS / "setup.py"))
-    assert setup["build"]() is None
-    assert "installing without the CUDA library: nvcc isn't on PATH" in capsys.readouterr().err
+    monkeypatch.setenv("MXFP4_SM120_BUILD", "1")
+    with pytest.raises(SystemExit, match=r"install g\+\+ .*MXFP4_SM120_BUILD=0"):
+        setup["requirements"]()
+    monkeypatch.setenv("MXFP4_SM120_BUILD", "0")
+    assert setup["requirements"]() == [] and not setup["wanted"]()
 
 
 @pytest.mark.parametrize("how", ["FLASHINFER_DIR", "import flashinfer"])

@@ -11,6 +11,7 @@ import sys
 from collections.abc import Sequence
 
 COMMANDS = {
+    "build": "compile the CUDA library for this machine's card",
     "make-tiny": "write a small GPT-OSS checkpoint with MXFP4 experts, for tests and demonstrations",
     "doctor": "say what is here, which backends can serve with it, and what would be chosen",
     "serve": "start vllm serve with this plugin, send one completion, show who answered",
