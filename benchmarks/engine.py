@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The whole engine: vLLM with this plugin beside vLLM with its own MXFP4 experts, one process for each, one table.
 
     mxfp4-sm120 make-tiny --like openai/gpt-oss-20b /data/g20

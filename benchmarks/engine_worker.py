@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """What benchmarks/engine.py asks of vLLM's workers. As their `worker_extension_cls`, this module is imported in each
 
 of them before anything is loaded.

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """One GPT-OSS MoE layer on one GPU: this plugin's backends beside vLLM's, microseconds a layer, in one run.
 
     python benchmarks/layer.py --model 20b --tokens 1,8,64,512,4096 --backends native,triton,vllm-marlin,vllm-triton

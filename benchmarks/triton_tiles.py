@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Which tiles serve the Triton backend best on this card: microseconds for a 20b layer, the present choice first.
 
 python benchmarks/triton_tiles.py --tokens 1,16,256,4096

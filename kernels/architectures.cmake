@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 # Which GPUs to compile for, as CMake writes them: "90-real" is machine code, "90-virtual" is PTX, "90" is both.
 #
 # The first of these that is set decides: -DCMAKE_CUDA_ARCHITECTURES, the environment's CMAKE_CUDA_ARCHITECTURES,

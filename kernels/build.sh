@@ -1,4 +1,5 @@
 #!/usr/bin/env bash
+# SPDX-License-Identifier: Apache-2.0
 # Builds the CUDA library into the package: vllm_mxfp4_sm120/_native.so. For one card only, which is quicker:
 #   TORCH_CUDA_ARCH_LIST=9.0 kernels/build.sh
 set -euo pipefail

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 # FlashInfer's package carries its own headers and CUTLASS's: found by FLASHINFER_DIR (the package's folder), or import.
 function(find_flashinfer result)
   if(NOT "$ENV{FLASHINFER_DIR}" STREQUAL "")

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Make the virtual environment that `make serve` and `make test` run in: this plugin and the right vLLM.
 
     python3 scripts/environment.py DIRECTORY

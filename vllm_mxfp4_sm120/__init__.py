@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """MXFP4 GPT-OSS experts for vLLM, packed from disk to tensor core."""
 
 from pathlib import Path

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Every environment variable of this plugin, in one table. Values are read when asked for, never at import."""
 
 from __future__ import annotations

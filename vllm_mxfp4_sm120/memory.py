@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Bytes: what a layer takes packed and upcast, what is free, the guard before an upcast, torch's memory settings."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """One GPT-OSS mixture-of-experts layer: its sizes, its packed weights, and its mathematics, written once.
 
 Every backend computes what `reference` computes; `reference` runs in any floating dtype, float64 included.

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The number format MXFP4: 4-bit E2M1 codes, one 8-bit E8M0 scale for every 32 of them (OCP Microscaling, MX v1.0).
 
 A code is sign, two exponent bits, one mantissa bit; a scale byte s means 2^(s - 127), and 255 means NaN. Two codes

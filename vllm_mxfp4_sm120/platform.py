@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """What is this machine: accelerator, compute capability, CUDA version, as data."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Who goes where: (token, expert, gate) triples out of every form that routers hand out, grouped by expert."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Which backend answers: candidates in order, the first that can run and has proved itself, and why not the others."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0
 // The library's ops, on torch's stable ABI: one binary for every torch from 2.11 and every Python. Every argument is
 // checked here, by name, before a kernel sees a pointer.
 #include <torch/csrc/stable/tensor.h>

@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0
 // Compile-only: `build.sh --cutlass` compiles this and nothing calls it. It has never run.
 //
 // CUTLASS's grouped GEMM on SM120's block-scaled tensor cores: MXFP8 activations times MXFP4 weights, one problem per

@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0
 // The entry point: carves the workspace, picks kernels by token count, launches.
 #include <string>
 

@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0
 // Between the dispatch table and the kernels.
 #pragma once
 #include "common/launch.h"

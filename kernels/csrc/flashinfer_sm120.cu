@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0
 // Compile-only: `build.sh --flashinfer` compiles this and nothing calls it. It has never run.
 //
 // FlashInfer's own MXFP4 grouped GEMM for SM120 from its headers, with the argument set-up on the device that

@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0
 // One MoE layer, one call: what the bindings hand to the kernels.
 #pragma once
 #include <cuda_runtime_api.h>

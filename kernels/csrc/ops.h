@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0
 // The ops' schemas, which the library and its stub share.
 #pragma once
 #include <torch/csrc/stable/library.h>

@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0
 // The router of a MoE layer for few tokens: logits[token, expert] = x[token] . weight[expert] + bias[expert].
 //
 // 184 KB of weights for gpt-oss-20b: a matter of latency, which a GEMM library spends on splitting K and adding it up

@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0
 // The library without GPU code: the same ops, so that loading, registration and fakes can be tested where nothing can
 // run. It computes nothing: its ops raise, or with MXFP4_SM120_ALLOW_STUB_KERNEL=1 fill the output with zeros.
 #include <torch/csrc/stable/ops.h>

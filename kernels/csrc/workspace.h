@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0
 // What the kernels find in a call's workspace.
 #pragma once
 #include <cuda_runtime_api.h>

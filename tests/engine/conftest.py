@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Real vLLM engines, each started once for all tests, and what transformers says of the same checkpoint."""
 
 from __future__ import annotations

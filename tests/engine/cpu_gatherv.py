@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """What vLLM's communicator for CPUs lacks, and data parallel together with expert parallel needs; by import."""
 
 from __future__ import annotations

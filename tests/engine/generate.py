@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """One vLLM engine in a process of its own: a JSON task on stdin, a JSON result into the file named by argv[1].
 
 Run as a module, from the repository's root.

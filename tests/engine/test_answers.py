@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The engine's answers through this plugin, against implementations that are not ours, and proof that it was us."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The plugin's parts inside vLLM, without an engine."""
 
 from __future__ import annotations

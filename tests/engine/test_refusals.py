@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """What can't be served is refused in one line, and the process ends."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Every backend that says it can run on this GPU is right on it, and the capturable ones inside a CUDA graph."""
 
 import pytest

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """What torch's CUDA allocator takes while a layer is prepared the way vLLM loads it."""
 
 from __future__ import annotations

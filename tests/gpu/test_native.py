@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The native kernels on a GPU, against float64 on the same packed weights.
 
 `-k small_shapes` are the shapes for compute-sanitizer: every kernel, few blocks.

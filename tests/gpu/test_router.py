@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The native router on this GPU: against float64, in CUDA graphs and torch.compile, and its arguments' errors."""
 
 import pytest

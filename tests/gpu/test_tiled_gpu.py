@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The weight-only path on a GPU: the same answers as the reference, on one stream and on several, and its memory."""
 
 import pytest

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The kernels on a CPU: kernels/csrc compiled as C++ against emulator/, and the layer that it computes."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """What the kernels compute, without a GPU: their source, run by an emulator that is strict about waits and barriers.
 
 Dependent launches need a card.

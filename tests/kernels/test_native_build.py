@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The CUDA library without a GPU: what it is compiled for, what is in its machine code, and how it loads.
 
 It is compiled once, by kernels/build.sh, for the oldest card, for the one it is measured on, and for the two it is for.

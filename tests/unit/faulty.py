@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Backends that are wrong in each way that a proof must survive; and one that isn't."""
 
 import os

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Machines that aren't here, and what is pretended to be installed on them."""
 
 from types import SimpleNamespace

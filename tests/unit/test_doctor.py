@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """`mxfp4-sm120 doctor`, here and on machines that aren't here."""
 
 import json

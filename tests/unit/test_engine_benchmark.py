@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """benchmarks/engine.py without an engine: when two answers count as the same, and whose a kernel is."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Environment variables: defaults, what is accepted, and the exact words for what is not."""
 
 import re

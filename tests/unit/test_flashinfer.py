@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The FlashInfer backend without FlashInfer; and `with_flashinfer.py` run against real ones, installed aside for it."""
 
 import os

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Checkpoints of published sizes: what they would take, and that a disk without room gets nothing."""
 
 from __future__ import annotations

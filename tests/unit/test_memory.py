@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Byte accounting, the guard before an upcast, and torch's settings."""
 
 import logging

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The layer's mathematics against transformers' GPT-OSS, in float64."""
 
 import pytest

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The number format, value by value, and against transformers' decoder."""
 
 import pytest

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The native layout: the kernel's own decode reads it back; exact inverses; in place; refusals write nothing."""
 
 from __future__ import annotations

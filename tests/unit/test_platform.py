@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """What a machine is and which torch it needs, over a table of machines that aren't here."""
 
 import pytest

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Proof before use: backends that are wrong, raise, hang or die are skipped and named, and the answer is remembered."""
 
 import json

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """README and docs say what the code does, where that can be checked."""
 
 import re

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Routing out of every form, grouping, and the exact words for what can't be routed."""
 
 from collections import namedtuple

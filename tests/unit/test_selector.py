@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Which backend answers: machines x installed packages x settings, with every reason in full."""
 
 import pytest

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The weight-only path: against float64, against the upcast, its memory, and every odd routing."""
 
 import weakref

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The Triton backend: its layout, and its kernels compile for every family. tests/conformance runs them."""
 
 from importlib.util import find_spec

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Against a real FlashInfer, which `test_flashinfer.py` puts on the path: no GPU needed, and none used."""
 
 import inspect

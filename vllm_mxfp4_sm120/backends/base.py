@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """What a backend is: a way to compute one MoE layer from packed weights, in a layout only it knows."""
 
 from __future__ import annotations

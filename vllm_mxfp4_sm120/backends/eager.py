@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """What the backends in plain torch share: tokens grouped by expert, one expert after the other, answers added up."""
 
 from __future__ import annotations

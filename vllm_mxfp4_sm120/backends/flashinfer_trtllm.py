@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """FlashInfer's `trtllm_fp4_block_scale_moe`: NVIDIA's own MXFP4 experts for data-centre Blackwell.
 
 The layout is what TensorRT-LLM's kernels read: sizes padded, up before gate, rows shuffled within blocks of 32 for an

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The CUDA library of kernels/: the fastest backend, on every NVIDIA GPU from sm_80.
 
 Weights lie as `native_layout` says.

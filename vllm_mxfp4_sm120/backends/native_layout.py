@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The native kernels' weight layout: every 32 x 32 tile of a matrix is 544 bytes, codes in fragment order, then scales.
 
 A matrix of `rows` x `K` (multiples of 32) becomes [rows/32, K/32, 544] bytes, exactly as many as the checkpoint's codes

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Weight-only in plain torch: packed weights stay as they are, and one tile at a time is decoded and multiplied.
 
 Slower than a fused kernel, but it needs nothing beyond torch and runs on CPU and CUDA.

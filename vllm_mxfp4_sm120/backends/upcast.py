@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Full upcast: every expert in BF16, dense. Only to compare with; it takes nearly four times the memory."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """`mxfp4-sm120 COMMAND`: each command is a module beside this one with `add_arguments(parser)` and `run(args) -> int`.
 
 Only the chosen command's module is imported, so that `mxfp4-sm120 --help` is instant.

@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0
 // The activation between the two GEMMs.
 #pragma once
 #include "ptx.cuh"

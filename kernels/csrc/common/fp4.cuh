@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0
 // From packed FP4 codes to BF16 pairs: the arithmetic that every kernel spends per weight.
 #pragma once
 #include <cstdint>

@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0
 // How a kernel is launched, and what of the card that depends on.
 #pragma once
 #include <cuda_runtime_api.h>

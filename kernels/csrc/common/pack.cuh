@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0
 // Floats in fewer bits: pairs of BF16 and FP16, and four numbers in 8 bytes.
 #pragma once
 #include <cuda_bf16.h>

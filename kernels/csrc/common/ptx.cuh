@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0
 // The few PTX instructions these kernels need, each a one-line wrapper. Everything here exists on sm_80 .. sm_121;
 // where sm_90 and newer have something better (bulk copies, programmatic launch), sm_80 takes the portable road.
 #pragma once

@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0
 // Top-k over router logits then softmax over the chosen k, by one warp.
 #pragma once
 #include <cuda_bf16.h>

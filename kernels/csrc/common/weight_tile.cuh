@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0
 // The weight tile, which every kernel of the layer reads: its layout, and how a warp decodes it.
 #pragma once
 #include "fp4.cuh"

@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0
 // What the warps of a block work with.
 #pragma once
 #include "exchange.cuh"

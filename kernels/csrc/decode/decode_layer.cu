@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0
 // A whole MoE layer in one launch, for few tokens: the time is the time to stream the chosen experts' weights once.
 //
 // A persistent grid, one block per multiprocessor; what it computes at a time is a work tile (scheduler.cuh): 32 weight

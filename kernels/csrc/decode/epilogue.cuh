@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0
 // The epilogue warp: what becomes of a work tile's sums.
 #pragma once
 #include "../common/activation.cuh"

@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0
 // What blocks hand each other through the workspace: activations and results, that say by themselves whether they are
 // there.
 //

@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0
 // The MMA warps: each has the same slice of K of all work tiles, and multiplies it.
 #pragma once
 #include "../common/weight_tile.cuh"

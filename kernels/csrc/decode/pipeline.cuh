@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0
 // Rings of stages in shared memory, and how weights get into one.
 //
 // A ring of 4 stages, of which a work tile of GPT-OSS takes 3:

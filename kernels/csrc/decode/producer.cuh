@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0
 // The producer warp and the fetchers: everything that is brought into shared memory.
 #pragma once
 #include "block.cuh"

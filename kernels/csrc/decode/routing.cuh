@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0
 // A block finds out by itself who goes where, all of the tokens, before its warps part.
 #pragma once
 #include "../common/routing.cuh"

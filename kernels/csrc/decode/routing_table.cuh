@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0
 // A block's own account of the routing: which tokens chose which expert, as the column groups to multiply with.
 #pragma once
 #include <algorithm>

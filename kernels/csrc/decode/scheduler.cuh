@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0
 // The tile scheduler: which work tiles a block computes, and how its producer tells the other warps.
 //
 // A work tile is 32 weight rows by a column group of tokens, over the whole of K. Those of gate-up come first, then

@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0
 // The decode kernel's configurations, and what follows from each.
 #pragma once
 #include "../common/launch.h"

@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0
 // The epilogue: what becomes of a work tile's accumulators.
 #pragma once
 #include "../common/pack.cuh"

@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0
 // Grouped GEMMs over experts, for more tokens than the decode kernel takes: gate-up (with SwiGLU) and down, one launch.
 //
 // A persistent grid. A work tile (scheduler.cuh) is a token block of one expert by a block of weight rows, of gate-up

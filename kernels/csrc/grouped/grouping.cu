@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0
 // Around the grouped GEMMs: top-k and a stable sort of (token, choice) slots by expert before them, the weighted sum of
 // each token's slots after them.
 #include <algorithm>

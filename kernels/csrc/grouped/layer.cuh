@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0
 // One layer as the grouped GEMMs see it, and the kernel's configurations.
 #pragma once
 #include "../common/activation.cuh"

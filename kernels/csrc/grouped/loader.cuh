@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0
 // The loader: all threads copy weight tiles and gathered token rows into the ring, ahead of the arithmetic.
 #pragma once
 #include <climits>

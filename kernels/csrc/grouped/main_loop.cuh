@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0
 // The main loop: what a work tile's time goes into.
 #pragma once
 #include "loader.cuh"

@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0
 // The tile scheduler: which work tiles there are, and in what order.
 //
 // An expert's tokens make full token blocks and a tail; weight rows make row blocks of WARPS tile rows, of which the

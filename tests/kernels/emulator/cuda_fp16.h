@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0
 // FP16 as CUDA has it, for the emulator.
 #pragma once
 #include "emulator.h"

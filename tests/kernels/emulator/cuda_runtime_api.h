@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0
 // The little of CUDA's runtime that launches kernels, for the emulator. The device is an SM 8.x: dependent
 // launches aren't emulated.
 #pragma once

@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0
 // Runs CUDA kernels on a CPU, slowly and strictly, for tests: the same source,
 // compiled as C++ with these headers in place of CUDA's.
 //

@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0
 // What the tests call: settings, a layer, a router.
 #include <utility>
 

@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0
 // kernels/csrc/ptx.cuh, emulated: the same functions by the PTX manual's words.
 #pragma once
 #include "cuda_bf16.h"
