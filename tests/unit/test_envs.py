@@ -4,8 +4,10 @@
 import re
 
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
-from vllm_mxfp4_sm120 import envs
+from vllm_mxfp4_sm120 import envs, selector
 
 
 @pytest.fixture(autouse=True)
@@ -98,3 +100,35 @@ def test_no_source_reads_a_variable_past_the_table(pytestconfig):
     for path in (pytestconfig.rootpath / "vllm_mxfp4_sm120").rglob("*.py"):
         for name in re.findall(r"MXFP4_SM120_[A-Z_]+[A-Z]", path.read_text()):
             assert name in known, f"{path}: {name}"
+
+
+# What an environment can hold: no NUL, bytes that aren't UTF-8 as surrogates.
+TEXT = st.text(st.characters(exclude_characters="\0", exclude_categories=["Cs"]), max_size=12)
+
+
+@settings(max_examples=300, deadline=None)
+@given(variable=st.sampled_from(envs.TABLE), text=TEXT | st.integers().map(str) | st.just("9" * 5000))
+def test_any_text_is_a_value_or_one_line(variable, text):
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv(variable.name, text)
+        try:
+            envs.check()
+        except ValueError as error:
+            assert str(error).startswith(f"{variable.name}=") and len(str(error).splitlines()) == 1
+
+
+JSON = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.text(max_size=5),
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=5), inner, max_size=3),
+    max_leaves=5,
+)
+OPTION = st.sampled_from(["backend", "use_triton", "disable_triton_moe", "proof", "x"])
+
+
+@settings(max_examples=300, deadline=None)
+@given(options=JSON | st.dictionaries(OPTION, JSON | st.sampled_from(["tiled", "triton", "auto"])))
+def test_any_additional_config_is_a_request_or_one_line(options):
+    try:
+        selector.Request.from_user(additional_config={"mxfp4_sm120": options})
+    except ValueError as error:
+        assert len(str(error).splitlines()) == 1
