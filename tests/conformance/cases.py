@@ -190,7 +190,7 @@ def _logits(case: Case, generator: torch.Generator) -> Tensor:
     elif case.routing == "one expert":
         logits[:, int(torch.randint(0, case.experts, (), generator=generator))] = 9
     elif case.routing == "equal logits":
-        logits = logits.round()
+        logits = logits.round() + 0.0  # no -0: whether that is 0 is the backend's affair
     if case.local == "none chosen" and case.experts > case.top_k:
         logits[:, case.local_experts[0]] = -99
     if case.x == "NaN logits" and case.tokens:
@@ -251,12 +251,22 @@ def _weights(case: Case, shape: MoEShape, generator: torch.Generator) -> MoEWeig
 
 
 def _between(low: int, high: int) -> Callable[[int, Tensor, torch.Generator], Tensor]:
-    return lambda middle, near, generator: torch.randint(low, high + 1, near.shape, generator=generator)
+    """Any scale for any block, and the highest somewhere in each row.
+
+    So a token's outputs lie within 2^20 of each other, here and below: kernels may let neighbours share an exponent.
+    """
+
+    def draw(middle: int, near: Tensor, generator: torch.Generator) -> Tensor:
+        scales = torch.randint(low, high + 1, near.shape, generator=generator)
+        highest = torch.randint(0, near.shape[2], (*near.shape[:2], 1), generator=generator)
+        return scales.scatter_(2, highest, high)
+
+    return draw
 
 
 def _window(middle: int, near: Tensor, generator: torch.Generator) -> Tensor:
-    low = int(torch.randint(0, 230, (), generator=generator))
-    return torch.randint(low, low + 25, near.shape, generator=generator)
+    low = int(torch.randint(0, 235, (), generator=generator))
+    return torch.randint(low, low + 20, near.shape, generator=generator)
 
 
 def _rows(middle: int, near: Tensor, generator: torch.Generator) -> Tensor:

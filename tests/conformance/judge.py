@@ -12,11 +12,13 @@ from tests.conformance.cases import Case, Tensors
 from vllm_mxfp4_sm120 import mxfp4
 from vllm_mxfp4_sm120.moe import Activation, activate, reference
 
-# Beyond this, a sum in float32 or an activation in BF16 may be infinite on the way.
-OVERFLOW = 2.0**120
+# Beyond this, what is kept on the way (in the native kernels an expert's outputs, 2^65 at most) may be infinite.
+OVERFLOW = 2.0**60
 # Below this nobody looks: SiLU squares it, and kernels that keep weights smaller than they are (native: 2^-48) would
 # lose it. Outputs are judged by this where theirs is smaller; tokens whose activations are all smaller aren't judged.
 UNDERFLOW = 2.0**-60
+# What is left where large products cancel before SwiGLU, relative to them: in float32 few of its bits are right.
+CANCELLED = 2.0**-16
 
 
 @dataclass(frozen=True)
@@ -25,7 +27,7 @@ class Expected:
 
     the root of the sum of the squares of all the products that were added up. An output that happens to be near zero,
     where they cancel, has no smaller errors than its neighbours. `judged` [M] is False for tokens that may
-    overflow or vanish.
+    overflow, vanish or cancel.
     """
 
     value: Tensor
@@ -57,6 +59,7 @@ class Expected:
             largest[token] = largest[token].maximum(peak)
             most = activated.abs().amax(1)
             lost[token] |= (most > 0) & (most < UNDERFLOW)
+            lost[token] |= ((hidden.abs() < spread.sqrt() * CANCELLED) & (spread.sqrt() > 256)).any(1)
         size = (squares + value.square()).sqrt()
         odd = ~(given.x.isfinite().all(1) & given.topk_weights.isfinite().all(1))
         return cls(value, size, odd | ((largest < OVERFLOW) & ~lost))
@@ -88,11 +91,12 @@ def complaint(answer: Tensor, expected: Expected, tolerance: float) -> str | Non
             )
     counted = judged & finite
     errors = torch.where(counted, (answer.double() - value) / expected.size.clamp(min=UNDERFLOW), 0)
-    for dim, what in ((1, "token"), (0, "column")):
+    for dim, what, most in ((1, "token", 16), (0, "column", 4)):
         count = counted.sum(dim).clamp(min=1)
         error = (errors.square().sum(dim) / count).sqrt()
-        # The mean of n squares of normally distributed errors is off by a few times the root of 2 / n.
-        ratio = error / (tolerance * (1 + 3 / count.sqrt()))
+        # A mean of n squares scatters by a few times the root of 2 / n. No more than `most` count: one activation may
+        # outweigh a token's others, and tokens may be alike (where biases are all), and so their errors.
+        ratio = error / (tolerance * (1 + 3 / count.clamp(max=most).sqrt()))
         if ratio.numel() and not ratio.max() <= 1:
             worst, wrong = int(ratio.argmax()), int((ratio > 1).sum())
             return (
