@@ -6,21 +6,12 @@
 
 namespace mxfp4_sm120 {
 
-// The current device. Returns nullptr, or why it can't be queried.
-const char* current_device(Device& device);
+// The decode kernel's two forms: all tokens as columns, and tokens gathered by expert.
+std::vector<Configuration> decode_configurations();
+// The grouped GEMMs with what stands around them, by tokens of a token block.
+std::vector<Configuration> grouped_configurations();
 
-// Each launcher returns nullptr or why it could not launch.
-bool decode_layer_takes(const MoeArgs& args);
-Footprint decode_layer_footprint();
-const char* decode_layer_forward(const MoeArgs& args, const DecodeWorkspace& ws, const Device& device,
-                                 cudaStream_t stream);
-bool gathered_layer_takes(const MoeArgs& args);
-Footprint gathered_layer_footprint();
-const char* gathered_layer_forward(const MoeArgs& args, const DecodeWorkspace& ws, const Device& device,
-                                   cudaStream_t stream);
-Footprint grouped_layer_footprint(int variant);
-const char* grouped_layer_forward(const MoeArgs& args, const GroupedWorkspace& ws, int variant, const Device& device,
-                                  cudaStream_t stream);
+// Around the grouped GEMMs. Each returns nullptr or why it could not launch.
 const char* route_and_group(const MoeArgs& args, const GroupedWorkspace& ws, const Device& device, cudaStream_t stream);
 const char* combine(const MoeArgs& args, const GroupedWorkspace& ws, const Device& device, cudaStream_t stream);
 

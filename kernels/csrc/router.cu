@@ -76,11 +76,9 @@ const char* launch(const RouterArgs& args, bool dependent, cudaStream_t stream) 
 
 }  // namespace
 
-const char* router_forward(const RouterArgs& args, cudaStream_t stream) {
-  Device device{};
-  if (const char* why = current_device(device)) return why;
-  return args.M == 1 ? launch<1>(args, device.dependent_launch, stream)
-                     : launch<4>(args, device.dependent_launch, stream);
+const char* router_forward(const RouterArgs& args, const Device& device, void* stream) {
+  const cudaStream_t on = static_cast<cudaStream_t>(stream);
+  return args.M == 1 ? launch<1>(args, device.dependent_launch, on) : launch<4>(args, device.dependent_launch, on);
 }
 
 }  // namespace mxfp4_sm120

@@ -1,58 +1,55 @@
 // SPDX-License-Identifier: Apache-2.0
-// The library without GPU code: the same ops, so that loading, registration and fakes can be tested where nothing can
-// run. It computes nothing: its ops raise, or with MXFP4_SM120_ALLOW_STUB_KERNEL=1 fill the output with zeros.
-#include <torch/csrc/stable/ops.h>
-#include <torch/csrc/stable/tensor.h>
-
+// The library without GPU code: the same ops and checks, on the CPU, so that loading, registration and all that stands
+// around the kernels can be tested and timed where nothing can run. It computes nothing: its ops raise, or with
+// MXFP4_SM120_ALLOW_STUB_KERNEL=1 give zeros.
 #include <cstdlib>
 #include <cstring>
-#include <optional>
 #include <stdexcept>
-#include <string>
 
-#include "ops.h"
+#include "runtime.h"
 
 namespace mxfp4_sm120 {
 namespace {
 
-using torch::stable::Tensor;
-
-void zeros(Tensor& out) {
-  const char* allowed = std::getenv("MXFP4_SM120_ALLOW_STUB_KERNEL");
-  if (allowed == nullptr || std::strcmp(allowed, "1") != 0)
-    throw std::runtime_error(
-        "mxfp4_sm120: this library is the stub, which computes nothing; build the kernels with kernels/build.sh, "
-        "or set MXFP4_SM120_ALLOW_STUB_KERNEL=1 to get zeros");
-  torch::stable::zero_(out);
+const char* zeros(const MoeArgs& args, const Device&, void*) {
+  std::memset(args.out, 0, static_cast<size_t>(args.M) * args.H * 2);
+  return nullptr;
 }
-
-void moe(const Tensor&, const Tensor&, const Tensor&, const std::optional<Tensor>&, const std::optional<Tensor>&,
-         const std::optional<Tensor>&, const std::optional<Tensor>&, const std::optional<Tensor>&,
-         const std::optional<Tensor>&, const Tensor&, int64_t, int64_t, bool, int64_t, Tensor out) {
-  zeros(out);
-}
-void router(const Tensor&, const Tensor&, const std::optional<Tensor>&, Tensor out) { zeros(out); }
-
-int64_t workspace_bytes(int64_t, int64_t, int64_t, int64_t, int64_t) { return 64 * 1024; }
-std::string architectures() { return "stub"; }
-std::string launch_table() { return ""; }
 
 }  // namespace
 
-STABLE_TORCH_LIBRARY(mxfp4_sm120, m) { define_ops(m); }
+std::string architectures() { return "stub"; }
 
-STABLE_TORCH_LIBRARY_IMPL(mxfp4_sm120, CUDA, m) {
-  m.impl("moe", TORCH_BOX(&moe));
-  m.impl("router", TORCH_BOX(&router));
+void expect_usable(const torch::stable::Tensor& x) {
+  static const bool allowed = [] {
+    const char* value = std::getenv("MXFP4_SM120_ALLOW_STUB_KERNEL");
+    return value != nullptr && std::strcmp(value, "1") == 0;
+  }();
+  if (!allowed)
+    throw std::runtime_error(
+        "mxfp4_sm120: this library is the stub, which computes nothing; build the kernels with kernels/build.sh, "
+        "or set MXFP4_SM120_ALLOW_STUB_KERNEL=1 to get zeros");
+  if (!x.is_cpu())
+    throw std::runtime_error("mxfp4_sm120: x is not on the CPU, where alone the stub gives zeros; build the kernels");
 }
-STABLE_TORCH_LIBRARY_IMPL(mxfp4_sm120, CPU, m) {
-  m.impl("moe", TORCH_BOX(&moe));
-  m.impl("router", TORCH_BOX(&router));
+
+const Device& device_of(int32_t) {
+  static const Device none{};
+  return none;
 }
-STABLE_TORCH_LIBRARY_IMPL(mxfp4_sm120, CompositeExplicitAutograd, m) {
-  m.impl("workspace_bytes", TORCH_BOX(&workspace_bytes));
-  m.impl("architectures", TORCH_BOX(&architectures));
-  m.impl("launch_table", TORCH_BOX(&launch_table));
+void* current_stream(int32_t) { return nullptr; }
+bool is_capturing(void*) { return false; }
+
+const std::vector<Configuration>& configurations() {
+  static const std::vector<Configuration> table = {{"zeros", {}, {0, 0}, zeros}, {"zeros8", {8}, {0, 0}, zeros}};
+  return table;
+}
+
+int64_t workspace_bytes(int M, int, int, int, int) { return KEPT_BYTES + 256 * static_cast<int64_t>(M); }
+
+const char* router_forward(const RouterArgs& args, const Device&, void*) {
+  std::memset(args.out, 0, static_cast<size_t>(args.M) * args.experts * 2);
+  return nullptr;
 }
 
 }  // namespace mxfp4_sm120

@@ -38,8 +38,19 @@ struct GroupedWorkspace {
 };
 
 // Token blocks of the grouped GEMMs, at most: no full one has fewer than 8 tokens, and each expert may have a rest.
-__host__ __device__ inline int max_token_blocks(int M, int local_experts, int top_k) {
+__host__ __device__ constexpr int max_token_blocks(int M, int local_experts, int top_k) {
   return M * top_k / 8 + local_experts;
+}
+
+struct Workspace {
+  DecodeWorkspace decode;
+  GroupedWorkspace grouped;
+  int64_t bytes;  // of all
+};
+// Cuts up the workspace at `base` for a call of M tokens.
+Workspace carve(uint8_t* base, int M, int H, int I, int local_experts, int top_k);
+inline Workspace carve(const MoeArgs& args) {
+  return carve(args.workspace, args.M, args.H, args.I, args.local_experts, args.top_k);
 }
 
 }  // namespace mxfp4_sm120

@@ -10,13 +10,11 @@ from typing import Any
 from torch import Tensor
 
 from tests.conformance.cases import Case
-from tests.kernels.emulated import Emulated
+from tests.kernels.emulated import Emulated, configs
 from vllm_mxfp4_sm120.backends.native import Native
 from vllm_mxfp4_sm120.moe import MoEShape, MoEWeights
 
 MOST_PRODUCTS = 8_000  # times 1024
-# Kernels of `launch_table` by the most tokens that they take.
-CONFIGS = {0: 8, 1: 64, **dict.fromkeys(range(2, 9), 1 << 30)}
 
 
 def emulated_native(library: ctypes.CDLL) -> type[Native]:
@@ -38,7 +36,7 @@ def emulated_native(library: ctypes.CDLL) -> type[Native]:
             topk_weights: Tensor | None,
             expert_map: Tensor | None,
         ) -> Tensor:
-            able = [config for config, most in CONFIGS.items() if x.shape[0] <= most]
+            able = [config for config, most in enumerate(configs(library).values()) if x.shape[0] <= most]
             config = able[self.shape.packed_bytes_per_expert // 51 % len(able)]
             topk = None if topk_ids is None or topk_weights is None else (topk_ids, topk_weights)
             return prepared(x, router_logits, config, expert_map, topk=topk)

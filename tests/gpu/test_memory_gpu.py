@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from vllm_mxfp4_sm120 import memory
-from vllm_mxfp4_sm120.backends.native_layout import tile_experts
+from vllm_mxfp4_sm120.backends.native.layout import tile_experts
 from vllm_mxfp4_sm120.moe import MoEShape, MoEWeights
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs an NVIDIA GPU")

@@ -12,7 +12,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from vllm_mxfp4_sm120.backends.native_layout import tile_experts
+from vllm_mxfp4_sm120.backends.native.layout import tile_experts
 from vllm_mxfp4_sm120.moe import Activation, MoEShape, MoEWeights
 
 EMULATOR = Path(__file__).with_name("emulator")
@@ -22,7 +22,7 @@ CSRC = Path(__file__).parents[2] / "kernels" / "csrc"
 def sources(csrc: Path = CSRC) -> list[Path]:
     """The kernels' files; the bindings and other people's kernels are none."""
     files = (path for pattern in ("*.h", "*.cuh", "*.cu") for path in csrc.rglob(pattern))
-    return [path for path in files if path.stem not in ("ops", "cutlass_sm120", "flashinfer_sm120")]
+    return [path for path in files if path.stem not in ("cutlass_sm120", "flashinfer_sm120")]
 
 
 def build(directory: Path, csrc: Path = CSRC, arch: int = 800) -> ctypes.CDLL:
@@ -50,7 +50,10 @@ def build(directory: Path, csrc: Path = CSRC, arch: int = 800) -> ctypes.CDLL:
         assert compiler.returncode == 0, errors
     library = directory / "emulated.so"
     subprocess.run(["g++", "-shared", "-o", library, *directory.glob("*.o")], check=True)
-    return ctypes.CDLL(str(library))
+    built = ctypes.CDLL(str(library))
+    check_layout(built, MoeArgs, "MOE_ARGS")
+    check_layout(built, RouterArgs, "ROUTER_ARGS")
+    return built
 
 
 class MoeArgs(ctypes.Structure):
@@ -72,6 +75,22 @@ class RouterArgs(ctypes.Structure):
         *((name, ctypes.c_void_p) for name in ("x", "weight", "bias", "out")),
         *((name, ctypes.c_int) for name in ("M", "H", "experts")),
     )
+
+
+def check_layout(library: ctypes.CDLL, mirror: type[ctypes.Structure], name: str) -> None:
+    """Does C++ see the fields where the mirror has them?"""
+    fields = [getattr(mirror, field[0]).offset for field in mirror._fields_]
+    there = list((ctypes.c_int * (1 + len(fields))).in_dll(library, name))
+    assert there == [ctypes.sizeof(mirror), *fields], f"{mirror.__name__} isn't as in moe.h: {there}"
+
+
+def configs(library: ctypes.CDLL) -> dict[str, int]:
+    """The dispatch table's names in order, and the most tokens that each takes."""
+    library.config_name.restype = ctypes.c_char_p
+    found: dict[str, int] = {}
+    while (name := library.config_name(len(found))) is not None:
+        found[name.decode()] = library.config_tokens(len(found))
+    return found
 
 
 def pointer(tensor: Tensor | None) -> int | None:

@@ -16,7 +16,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from tests.kernels.emulated import CSRC, Emulated, build, router
+from tests.kernels.emulated import CSRC, Emulated, MoeArgs, build, configs, router
 from vllm_mxfp4_sm120 import proof
 from vllm_mxfp4_sm120.moe import Activation, MoEShape, reference, topk_softmax
 
@@ -45,6 +45,12 @@ def library(libraries: Callable[[int], ctypes.CDLL], request: pytest.FixtureRequ
     return libraries(getattr(request, "param", SM_80))
 
 
+def test_the_table(library: ctypes.CDLL):
+    """Its names, by which rules choose, in the order of `config`."""
+    assert list(configs(library)) == list(CONFIGS.values())
+    assert list(configs(library).values()) == [8, 64, *[8192] * 7]
+
+
 def inputs(shape: MoEShape, tokens: int, seed: int) -> tuple[torch.Tensor, torch.Tensor]:
     generator = torch.Generator().manual_seed(seed)
     x = torch.randn(tokens, shape.hidden_size, generator=generator).bfloat16()
@@ -59,7 +65,7 @@ def wrong_by(out: torch.Tensor, shape: MoEShape, x: torch.Tensor, logits: torch.
 
 
 def tokens_for(config: int, tokens: int) -> int:
-    """So many, or as many as the configuration takes: the next one would answer for it."""
+    """So many, or as many as the configuration takes."""
     return min(tokens, {0: 8, 1: 64}.get(config, tokens))
 
 
@@ -133,7 +139,8 @@ def test_calls_of_other_sizes(library: ctypes.CDLL):
     library.emulate(3, True, 0)
     for seed, (tokens, layer) in enumerate(zip((16, 1, 2, 64, 8, 3, 33, 5, 1, 1, 9), layers * 4, strict=False)):
         x, logits = inputs(layer.shape, tokens, seed)
-        assert torch.equal(layer(x, logits, 0, workspace=workspace), layer(x, logits, 0)), seed
+        config = 0 if tokens <= 8 else 1
+        assert torch.equal(layer(x, logits, config, workspace=workspace), layer(x, logits, config)), seed
 
 
 @pytest.mark.parametrize("blocks", [1, 2, 5, 17, 40])
@@ -202,11 +209,23 @@ def test_outputs_beside_a_huge_one_keep_their_digits(library: ctypes.CDLL, confi
     assert difference <= 4e-3 * size and size < expected.norm() / 100
 
 
-def test_more_tokens_than_there_are_counters_for(library: ctypes.CDLL):
-    shape = MoEShape(8, 8, 32, 32, 8)
-    x, logits = inputs(shape, 110_000, 0)
-    with pytest.raises(AssertionError, match="too many tokens for one call"):
-        Emulated(library, shape, proof.random_weights(shape, "cpu"))(x, logits, config=2)
+@pytest.mark.parametrize(
+    ("config", "shape", "tokens", "message"),
+    [
+        (0, MoEShape(8, 8, 32, 32, 8), 9, b"decode takes up to 8 tokens, not 9"),
+        (1, MoEShape(8, 8, 32, 32, 8), 65, b"gathered takes up to 64 tokens, not 65"),
+        (1, MoEShape(8, 8, 2912, 32, 1), 9, b"gathered takes up to 2880 as the larger of hidden and intermediate size"),
+        (1, MoEShape(8, 8, 2880, 32, 8), 33, b"gathered takes up to 737280 values"),
+        (2, MoEShape(8, 8, 32, 32, 8), 8193, b"tokens24 takes up to 8192 tokens, not 8193"),
+    ],
+)
+def test_what_a_configuration_cannot_take(
+    library: ctypes.CDLL, config: int, shape: MoEShape, tokens: int, message: bytes
+):
+    """Refused, naming the limit; never another kernel's answer."""
+    library.moe.restype = ctypes.c_char_p
+    args = MoeArgs(M=tokens, H=shape.hidden_size, I=shape.intermediate_size, top_k=shape.top_k)
+    assert library.moe(ctypes.byref(args), config).startswith(message)
 
 
 @pytest.mark.parametrize(("tokens", "experts", "hidden"), [(1, 32, 2880), (7, 5, 736), (64, 3, 8), (6, 2, 9216)])

@@ -6,6 +6,8 @@ It is compiled once, by kernels/build.sh, for the oldest card, for the one it is
 
 from __future__ import annotations
 
+import ast
+import json
 import os
 import re
 import runpy
@@ -18,7 +20,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from vllm_mxfp4_sm120.backends import native
+from vllm_mxfp4_sm120.backends.native import library as native_library
+from vllm_mxfp4_sm120.backends.native import tuning
 
 ROOT = Path(__file__).parents[2]
 KERNELS = ROOT / "kernels"
@@ -101,13 +104,13 @@ def stub(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def in_a_new_process(library: Path, code: str, **environment: str) -> subprocess.CompletedProcess[str]:
-    """Run `code` with `native` looking for its library at `library`: a process can load only one."""
+    """Run `code` with the backend's library at `library`: a process can load only one."""
     start = f"""
 import pathlib, torch
-from vllm_mxfp4_sm120.backends import native
+from vllm_mxfp4_sm120.backends.native import Native, library, tuning
 from vllm_mxfp4_sm120.moe import MoEShape, MoEWeights
 from vllm_mxfp4_sm120.platform import Machine
-native.LIBRARY = pathlib.Path({str(library)!r})
+library.LIBRARY = pathlib.Path({str(library)!r})
 shape = MoEShape(4, 4, 64, 32, 2)
 x, logits = torch.ones(3, 64, dtype=torch.bfloat16), torch.zeros(3, 4)
 """
@@ -174,7 +177,7 @@ def architectures(**environment: str) -> str:
     ],
 )
 def test_which_cards_a_build_runs_on(built: str, capability: tuple[int, int], runs: bool):
-    assert native.covers(built, capability) is runs
+    assert native_library.covers(built, capability) is runs
 
 
 # ---- what is in it --------------------------------------------------------------------------------------------------
@@ -224,11 +227,14 @@ def test_no_block_has_more_shared_memory_than_sm120_gives(library: Path, resourc
     # As sm_80 counts it: from sm_90 on, the system's 1 KB is included.
     static = {kernel: use["SHARED"] for (arch, kernel), use in resources.items() if arch == "sm_80"}
     gemms = [size for kernel, size in static.items() if re.search("decode_layer|grouped_gemm", kernel)]
-    table = in_a_new_process(library, "native.load(); print(torch.ops.mxfp4_sm120.launch_table())")
-    launches = [line.split() for line in table.stdout.splitlines() if line]
-    assert launches, table.stderr
-    for name, _threads, dynamic in launches:
-        assert int(dynamic) + max(gemms) <= MAX_SHARED_BYTES, f"{name}: {dynamic} dynamic, {max(gemms)} static bytes"
+    said = in_a_new_process(library, "library.load(); print([vars(c) for c in library.configurations()])")
+    assert said.returncode == 0, said.stderr
+    configurations = ast.literal_eval(said.stdout)
+    assert len({config["name"] for config in configurations}) == len(configurations) == 9
+    for config in configurations:
+        dynamic = config["shared_bytes"]
+        assert dynamic + max(gemms) <= MAX_SHARED_BYTES, f"{config}: {dynamic} dynamic, {max(gemms)} static bytes"
+        assert 32 <= config["threads"] <= 1024 and config["threads"] % 32 == 0
     assert max(static.values()) <= MAX_SHARED_BYTES
 
 
@@ -283,22 +289,22 @@ def test_ops_are_registered_and_fakes_work_on_this_torch(library: Path):
     result = in_a_new_process(
         library,
         """
-print(native.load())
-backend = native.Native(shape)
+print(library.load())
+backend = Native(shape)
 prepared = backend.prepare(MoEWeights.empty(shape, "cpu"))
 from torch._subclasses.fake_tensor import FakeTensorMode
 with FakeTensorMode(allow_non_fake_inputs=True) as mode:
     out = backend.forward_logits(prepared, mode.from_tensor(x), mode.from_tensor(logits))
 print(tuple(out.shape), out.dtype)
-print(torch.ops.mxfp4_sm120.moe.default._schema)
-print([native._workspace_bytes(m, 64, 32, 4, 2) for m in (1, 8, 64)])
+print(library.limits().experts, library.limits().size)
+print([torch.ops.mxfp4_sm120.workspace_bytes(m, 64, 32, 4, 2) for m in (1, 8, 64)])
 """,
     )
     assert result.returncode == 0, result.stderr
-    built, fake, schema, sizes = result.stdout.splitlines()
+    built, fake, limits, sizes = result.stdout.splitlines()
     assert built == "80-real 90-real 120-real 121-real"
     assert fake == "(3, 64) torch.bfloat16"
-    assert "Tensor(a!) workspace" in schema and "Tensor(b!) out" in schema
+    assert limits == "256 7168"
     sizes = eval(sizes)
     assert sizes == sorted(sizes) and sizes[0] > 0
 
@@ -309,7 +315,7 @@ def test_a_call_without_cuda_says_so(library: Path, call: str):
     result = in_a_new_process(
         library,
         f"""
-backend, ids = native.Native(shape), torch.zeros(3, 2, dtype=torch.int64)
+backend, ids = Native(shape), torch.zeros(3, 2, dtype=torch.int64)
 prepared = backend.prepare(MoEWeights.empty(shape, "cpu"))
 backend.{call}
 """,
@@ -322,13 +328,13 @@ def test_why_not(library: Path):
         library,
         """
 import dataclasses
-gpu, why_not = Machine((9, 0), (13, 0), "H100"), native.Native.why_not
+gpu, why_not = Machine((9, 0), (13, 0), "H100"), Native.why_not
 print(why_not(Machine(None, None), shape))
 print(why_not(gpu, shape))
 print(why_not(Machine((10, 0), (13, 0), "B200"), shape))
-for wrong in ({"hidden_size": 48}, {"intermediate_size": 7200}, {"num_experts": 257}, {"top_k": 9}):
+for wrong in ({"hidden_size": 48}, {"intermediate_size": 7200}, {"num_experts": 257}, {"num_experts": 16, "top_k": 9}):
     print(why_not(gpu, dataclasses.replace(shape, **wrong)))
-native.LIBRARY = native.LIBRARY.with_name("gone.so")
+library.LIBRARY = library.LIBRARY.with_name("gone.so")
 print(why_not(gpu, shape))
 """,
     )
@@ -349,23 +355,33 @@ def test_every_tuned_rule_names_kernels_that_exist(library: Path):
     result = in_a_new_process(
         library,
         """
-native.load()
+library.load()
 from vllm_mxfp4_sm120 import config_path
 for path in sorted(config_path("tuning").glob("*.json")):
-    rule = native.tuned(path.stem)
-    assert rule and rule[-1].tokens == rule[-1].tokens_per_expert == float("inf"), f"{path} leaves some sizes out"
-assert native.tuned("a card never seen") == native.tuned("default")
+    tuning._set_rule(0, tuning.read(path), path.name)
+assert tuning.rule_path("a card never seen") == config_path("tuning", "default.json")
 print("read")
+tuning._set_rule(0, (tuning.Bound("tokens25"),), "a rule")
 """,
     )
     assert result.stdout == "read\n", result.stderr
+    assert "ValueError: a rule: tokens25 is no kernel of _native.so: decode, gathered, tokens24" in result.stderr
 
 
-def test_the_first_limit_that_holds_chooses():
-    everything = float("inf")
-    rule = (native.Limit(3, 8, everything), native.Limit(5, everything, 24), native.Limit(7, everything, everything))
-    assert [native.choose(rule, *size) for size in ((1, 90), (8, 24), (9, 24), (9, 24.5))] == [3, 3, 5, 7]
-    assert native.choose(rule[:2], 9, 25) == native.choose((), 1, 1) == 0
+@pytest.mark.parametrize(
+    ("rule", "message"),
+    [
+        ([{"kernel": "decode", "token": 8}], "is no rule: .*token"),
+        ([{"tokens": 8}], "is no rule: .*kernel"),
+        ([], "the last line of its rule has a bound"),
+        ([{"kernel": "decode", "tokens": 8}], "the last line of its rule has a bound, expected a kernel for all other"),
+    ],
+)
+def test_a_rule_that_is_none(tmp_path: Path, rule: list, message: str):
+    path = tmp_path / "card.json"
+    path.write_text(json.dumps({"rule": rule}))
+    with pytest.raises(ValueError, match=message):
+        tuning.read(path)
 
 
 # ---- the stub, and where nothing can be built ------------------------------------------------------------------------
@@ -373,14 +389,14 @@ def test_the_first_limit_that_holds_chooses():
 
 def test_the_stub_computes_nothing_unless_allowed(stub: Path):
     code = """
-print(native.Native.why_not(Machine(None, None), shape))
-backend = native.Native(shape)
+print(Native.why_not(Machine(None, None), shape))
+backend = Native(shape)
 print(backend.forward_logits(backend.prepare(MoEWeights.empty(shape, "cpu")), x, logits).abs().sum().item())
 """
     refused = in_a_new_process(stub, code)
     assert "it is a stub without GPU code" in refused.stdout
     assert "it is a stub without GPU code" in refused.stderr.splitlines()[-1]
-    unasked = in_a_new_process(stub, "native.load = native._load" + code)
+    unasked = in_a_new_process(stub, "library.load = library._load" + code)
     assert "this library is the stub, which computes nothing" in unasked.stderr.splitlines()[-1]
     for _ in range(2):
         allowed = in_a_new_process(stub, code, MXFP4_SM120_ALLOW_STUB_KERNEL="1")
@@ -388,10 +404,73 @@ print(backend.forward_logits(backend.prepare(MoEWeights.empty(shape, "cpu")), x,
         assert "is a stub: its output is zeros, never an answer" in allowed.stderr
 
 
+def test_around_the_kernels(stub: Path):
+    """What the ops do but compute, which the stub does too: the rule, refusals that name what is wrong, compiling."""
+    result = in_a_new_process(
+        stub,
+        """
+library.load()
+inf, op, ops = float("inf"), torch.ops.mxfp4_sm120.moe_layer, torch.ops.mxfp4_sm120
+layer = Native(shape)
+prepared = layer.prepare(MoEWeights.empty(shape, "cpu"))
+arguments = dict(
+    x=x, **prepared, router_logits=logits, topk_ids=None, topk_weights=None, expert_map=None, num_experts=4, top_k=2,
+    swiglu_oai=True, config=-1,
+)
+assert [config.name for config in library.configurations()] == ["zeros", "zeros8"]
+many = {"x": x.repeat(4, 1), "router_logits": logits.repeat(4, 1)}
+def refusal(**changes):
+    try:
+        op(**{**arguments, **changes})
+    except RuntimeError as error:
+        return str(error)
+print(refusal(config=1), refusal(config=1, **many))
+print(refusal(config=2))
+print(refusal(x=x.float()))
+print(refusal(w2=prepared["w2"].view(torch.int8)))
+print(refusal(router_logits=logits.half()))
+print(refusal(router_logits=None))
+ops.set_rule(-1, [1], [inf], [inf])
+print(refusal(), refusal(**many))
+ops.set_rule(-1, [1, 0], [8, inf], [inf, inf])
+print(refusal(), refusal(**many))
+ops.set_rule(-1, [0], [8], [inf])
+print(refusal(**many))
+ops.set_rule(-1, [0], [inf], [inf])
+long = op(**{**arguments, "x": x.repeat(3000, 1), "router_logits": logits.repeat(3000, 1)})
+print(tuple(long.shape), int(long.count_nonzero()))
+for tokens in (0, 3):
+    torch.library.opcheck(op.default, (), {**arguments, "x": x[:tokens], "router_logits": logits[:tokens]})
+weight = torch.ones(4, 64, dtype=torch.bfloat16)
+torch.library.opcheck(ops.router_logits.default, (x, weight, None))
+assert torch.equal(ops.router_logits(x.repeat(30, 1), weight, None), torch.full((90, 4), 64.0).bfloat16())
+def doubled(x):
+    return layer.forward_logits(prepared, x * 2, logits) + 1
+compiled = torch.compile(doubled, fullgraph=True, backend="aot_eager")
+print(bool((compiled(x) == 1).all()))
+""",
+        MXFP4_SM120_ALLOW_STUB_KERNEL="1",
+    )
+    assert result.returncode == 0, result.stderr
+    assert result.stdout.splitlines() == [
+        "None mxfp4_sm120: config zeros8 takes up to 8 tokens, not 12",
+        "mxfp4_sm120: config is 2, expected 0 to 1, or -1 for the rule's",
+        "mxfp4_sm120: x is float32, expected bfloat16",
+        "mxfp4_sm120: w2 is int8, expected uint8",
+        "mxfp4_sm120: router_logits is float16, expected bfloat16 or float32",
+        "mxfp4_sm120: router_logits and topk_ids are both missing, expected one",
+        "None mxfp4_sm120: the rule of device -1 leaves out 12 tokens, 6.000000 an expert",
+        "None None",
+        "mxfp4_sm120: the rule of device -1 leaves out 12 tokens, 6.000000 an expert",
+        "(9000, 64) 0",
+        "True",
+    ]
+
+
 def test_a_library_that_cannot_be_loaded_is_a_reason(tmp_path: Path):
     broken = tmp_path / "_native.so"
     broken.write_text("no library")
-    result = in_a_new_process(broken, "print(native.Native.why_not(Machine((9, 0), (13, 0)), shape))")
+    result = in_a_new_process(broken, "print(Native.why_not(Machine((9, 0), (13, 0)), shape))")
     assert result.stdout.startswith("_native.so can't be used: "), result.stderr
 
 

@@ -4,7 +4,8 @@
 from types import SimpleNamespace
 
 from vllm_mxfp4_sm120 import proof, selector
-from vllm_mxfp4_sm120.backends import flashinfer_trtllm, native, triton
+from vllm_mxfp4_sm120.backends import flashinfer_trtllm, triton
+from vllm_mxfp4_sm120.backends.native import library as native_library
 from vllm_mxfp4_sm120.moe import MoEShape
 from vllm_mxfp4_sm120.platform import Machine, parse_cuda
 
@@ -51,7 +52,8 @@ def install(monkeypatch, flashinfer=None, has_triton=True, library=EVERY_CARD, f
     )
     monkeypatch.setattr(flashinfer_trtllm, "_import_error", lambda: None)
     monkeypatch.setattr(triton, "triton", SimpleNamespace() if has_triton else None)
-    monkeypatch.setattr(native, "LIBRARY", SimpleNamespace(name="_native.so", exists=lambda: bool(library)))
-    monkeypatch.setattr(native, "load", lambda: library)
+    monkeypatch.setattr(native_library, "LIBRARY", SimpleNamespace(name="_native.so", exists=lambda: bool(library)))
+    monkeypatch.setattr(native_library, "load", lambda: library)
+    monkeypatch.setattr(native_library, "limits", lambda: native_library.Limits(256, 8, 7168, 8192, 64))
     monkeypatch.setattr(proof, "why_not", lambda backend, machine, shape: dict(failing).get(backend.name))
     selector.select.cache_clear()

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from vllm_mxfp4_sm120.backends import native_layout as layout
+from vllm_mxfp4_sm120.backends.native import layout
 from vllm_mxfp4_sm120.moe import MoEShape, MoEWeights
 
 CSRC = Path(__file__).parents[2] / "kernels" / "csrc"

@@ -1,7 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """Proof before use: backends that are wrong, raise, hang or die are skipped and named, and the answer is remembered."""
 
-import json
 import subprocess
 import time
 from dataclasses import replace
@@ -11,7 +10,7 @@ import pytest
 import torch
 
 from vllm_mxfp4_sm120 import config_path, proof, selector
-from vllm_mxfp4_sm120.backends import native
+from vllm_mxfp4_sm120.backends.native import tuning
 from vllm_mxfp4_sm120.backends.tiled import Tiled
 from vllm_mxfp4_sm120.moe import Activation, MoEShape
 from vllm_mxfp4_sm120.platform import Machine
@@ -30,11 +29,13 @@ def cache(tmp_path, monkeypatch):
 
 
 def test_each_native_kernel_has_its_turn():
-    entries = json.loads(config_path("tuning", "default.json").read_text())["rule"]
-    kernels = sorted({entry["kernel"] for entry in entries})
-    rule = native.limits(entries, kernels)
-    chosen = {native.choose(rule, tokens, tokens * GPT_OSS.top_k / proof.EXPERTS) for tokens in proof.TOKENS}
-    assert {kernels[config] for config in chosen} == set(kernels)
+    rule = tuning.read(config_path("tuning", "default.json"))
+    chosen = set()
+    for tokens in proof.TOKENS:
+        per_expert = tokens * GPT_OSS.top_k / proof.EXPERTS
+        holds = (bound for bound in rule if tokens <= bound.tokens and per_expert <= bound.tokens_per_expert)
+        chosen.add(next(holds).kernel)
+    assert chosen == {bound.kernel for bound in rule}
 
 
 @pytest.mark.parametrize(

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import vllm_mxfp4_sm120
 from vllm_mxfp4_sm120 import envs
-from vllm_mxfp4_sm120.backends import native
+from vllm_mxfp4_sm120.backends.native import library
 
 PACKAGE = Path(vllm_mxfp4_sm120.__file__).parent
 SOURCES = {str(path.relative_to(PACKAGE)): path.read_text() for path in PACKAGE.rglob("*.py")}
@@ -17,7 +17,7 @@ def users(pattern):
 
 
 def test_the_library_is_the_packages():
-    assert native.LIBRARY.parent == PACKAGE
+    assert library.LIBRARY.parent == PACKAGE
     assert not [variable.name for variable in envs.TABLE if "LIBRARY" in variable.name or "PATH" in variable.name]
 
 

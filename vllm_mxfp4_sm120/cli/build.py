@@ -12,7 +12,7 @@ import tempfile
 from pathlib import Path
 
 import vllm_mxfp4_sm120
-from vllm_mxfp4_sm120.backends import native
+from vllm_mxfp4_sm120.backends.native import library
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -35,13 +35,13 @@ def run(args: argparse.Namespace) -> int:
             sys.path.append(toolkit)
         print(f"compiling for {' '.join(cards) if cards else 'every supported card'}", flush=True)
         try:
-            kernels["build"](native.LIBRARY, cards)
+            kernels["build"](library.LIBRARY, cards)
         except subprocess.CalledProcessError as error:
             status = error.returncode
             raise RuntimeError(f"compiling failed, exit status {status}: the compiler's messages stand above") from None
         except SystemExit as error:
             raise RuntimeError(str(error)) from None
-    print(f"built {os.fspath(native.LIBRARY)}")
+    print(f"built {os.fspath(library.LIBRARY)}")
     return 0
 
 

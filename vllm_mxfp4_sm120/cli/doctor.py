@@ -16,7 +16,7 @@ from pathlib import Path
 import torch
 
 from vllm_mxfp4_sm120 import __version__, envs, memory, platform, proof, selector
-from vllm_mxfp4_sm120.backends import native
+from vllm_mxfp4_sm120.backends.native import library
 from vllm_mxfp4_sm120.checkpoint import Sizes, published_config
 from vllm_mxfp4_sm120.cli import surroundings
 from vllm_mxfp4_sm120.cli.make_tiny import checkpoint_bytes
@@ -86,11 +86,11 @@ def examine(prove: bool = True) -> Report:
             report.gpus.append(Gpu(index, card.name, f"sm_{card.major}{card.minor}", card.total_memory, free))
     elif platform.driver() is not None:
         report.notes.append("there is an NVIDIA driver, but torch sees no GPU: a CPU build, or CUDA_VISIBLE_DEVICES?")
-    if native.LIBRARY.exists():
+    if library.LIBRARY.exists():
         try:
-            report.library = native.load()
+            report.library = library.load()
         except (OSError, RuntimeError) as error:
-            report.notes.append(f"{native.LIBRARY.name}: {error}")
+            report.notes.append(f"{library.LIBRARY.name}: {error}")
     request = selector.Request.from_user()
     request = replace(request, proof=prove and request.proof)
     look_around(report, ask_vllm=prove)

@@ -21,7 +21,7 @@ constexpr uint32_t FP4_IN_BF16_MASK = 0x81C081C0u;
 //
 // Where a code's four bits lie is free, since weights are shuffled once at load: pair 0 lies in place, 1 and 2 a shift
 // away, and 3 fills what remains, {10, 9, 1, 0} of each half, such that r ^ (r << 8) shows it (the bits that this picks
-// up from other codes are known to the encoder, which XORs them in; native_layout.py has the inverse). Eight
+// up from other codes are known to the encoder, which XORs them in; layout.py has the inverse). Eight
 // instructions for eight weights: 16 bits can't be four translates of {15, 8, 7, 6}, and a search over rotations, byte
 // permutes, funnel shifts and integer multiply-adds found no seven. Of the eight, the three left shifts may issue as
 // IMAD beside the ALU's five. The rotation moves bits between halves, which costs nothing and admits this solution.

@@ -98,44 +98,33 @@ __global__ void __launch_bounds__(S::THREADS, 1) decode_layer(const MoeArgs args
 }
 
 template <typename Config>
-const char* launch(const MoeArgs& args, const DecodeWorkspace& ws, const Device& device, cudaStream_t stream) {
+const char* launch(const MoeArgs& args, const Device& device, void* stream) {
   using S = Shape<Config>;
   // Cooperative, for blocks wait for each other's results: all of them must be resident.
-  return launch_kernel(decode_layer<S>, device.multiprocessors, S::THREADS, S::BYTES, stream,
-                       {device.dependent_launch, /*cooperative=*/true}, args, ws);
+  return launch_kernel(decode_layer<S>, device.multiprocessors, S::THREADS, S::BYTES, static_cast<cudaStream_t>(stream),
+                       {device.dependent_launch, /*cooperative=*/true}, args, carve(args).decode);
+}
+const char* launch_few(const MoeArgs& args, const Device& device, void* stream) {
+  const bool short_rows = std::max(args.H, args.I) <= Shape<Few>::MAX_K;
+  return short_rows ? launch<Few>(args, device, stream) : launch<FewWide>(args, device, stream);
 }
 
-static_assert(COLUMNS * Shape<FewWide>::MAX_K * MAX_TOP_K <= DECODE_MAX_VALUES);
+static_assert(MAX_SIZE <= Shape<FewWide>::MAX_K && COLUMNS * MAX_TOP_K * MAX_SIZE <= DECODE_MAX_VALUES);
 
-int longest_k(const MoeArgs& args) { return std::max(args.H, args.I); }
+constexpr Footprint larger(Footprint a, Footprint b) {
+  return {std::max(a.threads, b.threads), std::max(a.shared_bytes, b.shared_bytes)};
+}
 
 }  // namespace
 }  // namespace decode
 
-using namespace decode;
-
-bool decode_layer_takes(const MoeArgs& args) { return args.M <= COLUMNS && longest_k(args) <= Shape<FewWide>::MAX_K; }
-
-Footprint decode_layer_footprint() {
-  return {std::max(Shape<Few>::THREADS, Shape<FewWide>::THREADS), std::max(Shape<Few>::BYTES, Shape<FewWide>::BYTES)};
-}
-
-const char* decode_layer_forward(const MoeArgs& args, const DecodeWorkspace& ws, const Device& device,
-                                 cudaStream_t stream) {
-  if (longest_k(args) <= Shape<Few>::MAX_K) return launch<Few>(args, ws, device, stream);
-  return launch<FewWide>(args, ws, device, stream);
-}
-
-bool gathered_layer_takes(const MoeArgs& args) {
-  return args.M <= GATHERED_MAX_TOKENS && longest_k(args) <= Shape<Gathered>::MAX_K &&
-         args.M * args.top_k * longest_k(args) <= DECODE_MAX_VALUES;
-}
-
-Footprint gathered_layer_footprint() { return {Shape<Gathered>::THREADS, Shape<Gathered>::BYTES}; }
-
-const char* gathered_layer_forward(const MoeArgs& args, const DecodeWorkspace& ws, const Device& device,
-                                   cudaStream_t stream) {
-  return launch<Gathered>(args, ws, device, stream);
+std::vector<Configuration> decode_configurations() {
+  using namespace decode;
+  return {{"decode", {/*tokens=*/COLUMNS}, larger(footprint<Few>, footprint<FewWide>), launch_few},
+          {"gathered",
+           {OwnTokens::TOKENS, /*size=*/Shape<Gathered>::MAX_K, /*values=*/DECODE_MAX_VALUES},
+           footprint<Gathered>,
+           launch<Gathered>}};
 }
 
 }  // namespace mxfp4_sm120

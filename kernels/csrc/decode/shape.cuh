@@ -56,6 +56,8 @@ struct Shape : Config {
   static constexpr int BYTES = ROUTING + static_cast<int>(sizeof(Routing));
   static_assert(BYTES <= MAX_SHARED_BYTES && sizeof(typename Routing::Scratch) <= SUM_BUFFERS * SUM_FLOATS * 4);
 };
+template <typename Config>
+constexpr Footprint footprint{Shape<Config>::THREADS, Shape<Config>::BYTES};
 
 }  // namespace decode
 }  // namespace mxfp4_sm120

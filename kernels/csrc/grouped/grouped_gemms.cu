@@ -19,6 +19,8 @@
 // decode, 20 to read shared memory, the rest copies, addresses, barrier and loop. There is no producer warp: it would
 // take registers that the accumulators need.
 #include <algorithm>
+#include <string>
+#include <utility>
 
 #include "../dispatch.h"
 #include "epilogue.cuh"
@@ -87,44 +89,47 @@ __global__ void __launch_bounds__(S::THREADS, S::BLOCKS) grouped_gemms(const __g
   }
 }
 
-template <typename S>
-const char* launch(const Layer& p, const Device& device, cudaStream_t stream) {
+Layer layer_of(const MoeArgs& args, const GroupedWorkspace& ws) {
+  return {{{args.w13, static_cast<const uint16_t*>(args.w13_bias), static_cast<const uint16_t*>(args.x), ws.act,
+            2 * args.I, args.H},
+           {args.w2, static_cast<const uint16_t*>(args.w2_bias), ws.act, ws.y, args.H, args.I}},
+          ws.offsets,
+          ws.order,
+          ws.taken,
+          ws.finished,
+          args.local_experts,
+          activation_of(args.swiglu_oai)};
+}
+
+template <int INDEX>
+const char* launch(const MoeArgs& args, const Device& device, void* stream) {
+  using S = Shape<INDEX>;
   static_assert(BYTES<S> * S::BLOCKS + (S::BLOCKS - 1) * 1024 <= MAX_SHARED_BYTES && 2 + S::STAGES < TURNS);
+  const GroupedWorkspace ws = carve(args).grouped;
+  const cudaStream_t on = static_cast<cudaStream_t>(stream);
   // Asks for so much shared memory that the next kernel's blocks, which may start early, can't squeeze in beside and
   // land unevenly (a block's first KB is the system's).
   const int bytes = std::max(BYTES<S>, std::min(MAX_SHARED_BYTES, device.shared_bytes / S::BLOCKS - 1024));
-  return launch_kernel(grouped_gemms<S>, device.multiprocessors * S::BLOCKS, S::THREADS, bytes, stream,
-                       {device.dependent_launch, /*cooperative=*/true}, p);
+  if (const char* why = route_and_group(args, ws, device, on)) return why;
+  if (const char* why = launch_kernel(grouped_gemms<S>, device.multiprocessors * S::BLOCKS, S::THREADS, bytes, on,
+                                      {device.dependent_launch, /*cooperative=*/true}, layer_of(args, ws)))
+    return why;
+  return combine(args, ws, device, on);
 }
 
-template <int INDEX = 0, typename Do>
-auto with_shape(int index, Do&& act) {
-  if constexpr (INDEX + 1 < CONFIG_COUNT)
-    if (index > INDEX) return with_shape<INDEX + 1>(index, act);
-  return act(Shape<INDEX>{});
+template <int... INDEX>
+std::vector<Configuration> all(std::integer_sequence<int, INDEX...>) {
+  return {{"tokens" + std::to_string(CONFIGS[INDEX].tokens),
+           {},
+           {Shape<INDEX>::THREADS, BYTES<Shape<INDEX>>},
+           launch<INDEX>}...};
 }
 
 }  // namespace
 }  // namespace grouped
 
-using namespace grouped;
-
-Footprint grouped_layer_footprint(int variant) {
-  return with_shape(variant, [](auto shape) { return Footprint{shape.THREADS, BYTES<decltype(shape)>}; });
-}
-
-const char* grouped_layer_forward(const MoeArgs& args, const GroupedWorkspace& ws, int variant, const Device& device,
-                                  cudaStream_t stream) {
-  const Layer layer{{{args.w13, static_cast<const uint16_t*>(args.w13_bias), static_cast<const uint16_t*>(args.x),
-                      ws.act, 2 * args.I, args.H},
-                     {args.w2, static_cast<const uint16_t*>(args.w2_bias), ws.act, ws.y, args.H, args.I}},
-                    ws.offsets,
-                    ws.order,
-                    ws.taken,
-                    ws.finished,
-                    args.local_experts,
-                    activation_of(args.swiglu_oai)};
-  return with_shape(variant, [&](auto shape) { return launch<decltype(shape)>(layer, device, stream); });
+std::vector<Configuration> grouped_configurations() {
+  return grouped::all(std::make_integer_sequence<int, grouped::CONFIG_COUNT>());
 }
 
 }  // namespace mxfp4_sm120

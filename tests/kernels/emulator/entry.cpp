@@ -1,10 +1,22 @@
 // SPDX-License-Identifier: Apache-2.0
-// What the tests call: settings, a layer, a router.
+// What the tests call: settings, a layer, a router; and what Python mirrors of moe.h, to compare.
+#include <cstddef>
+#include <string>
 #include <utility>
 
+#include "emulator.h"
 #include "moe.h"
 
 using namespace mxfp4_sm120;
+
+namespace {
+const char* kept(std::string text) {
+  static std::string last;
+  last = std::move(text);
+  return last.c_str();
+}
+Device device() { return {emu::multiprocessors, 100 * 1024, false}; }  // an SM 8.x: dependent launches aren't emulated
+}  // namespace
 
 extern "C" {
 void emulate(int multiprocessors, bool late_copies, unsigned seed) {
@@ -17,6 +29,43 @@ int64_t moe_workspace_bytes(int M, int H, int I, int local_experts, int top_k) {
   return workspace_bytes(M, H, I, local_experts, top_k);
 }
 int64_t moe_kept_bytes() { return KEPT_BYTES; }
-const char* moe(const MoeArgs* args, int config) { return moe_forward(*args, config, nullptr); }
-const char* router(const RouterArgs* args) { return router_forward(*args, nullptr); }
+
+// nullptr past the table's end.
+const char* config_name(int config) {
+  const auto& table = configurations();
+  return config < static_cast<int>(table.size()) ? table[config].name.c_str() : nullptr;
+}
+int config_tokens(int config) { return configurations()[config].limits.tokens; }
+
+const char* moe(const MoeArgs* args, int config) {
+  const Configuration& chosen = configurations()[config];
+  const std::string why = why_not(chosen, args->M, args->top_k, args->H, args->I);
+  return why.empty() ? chosen.launch(*args, device(), nullptr) : kept(why);
+}
+const char* router(const RouterArgs* args) { return router_forward(*args, device(), nullptr); }
+
+// sizeof, then where each field begins, in order.
+int MOE_ARGS[] = {sizeof(MoeArgs),
+                        offsetof(MoeArgs, x),
+                        offsetof(MoeArgs, w13),
+                        offsetof(MoeArgs, w2),
+                        offsetof(MoeArgs, w13_bias),
+                        offsetof(MoeArgs, w2_bias),
+                        offsetof(MoeArgs, router_logits),
+                        offsetof(MoeArgs, logits_fp32),
+                        offsetof(MoeArgs, topk_ids),
+                        offsetof(MoeArgs, topk_weights),
+                        offsetof(MoeArgs, expert_map),
+                        offsetof(MoeArgs, out),
+                        offsetof(MoeArgs, workspace),
+                        offsetof(MoeArgs, M),
+                        offsetof(MoeArgs, H),
+                        offsetof(MoeArgs, I),
+                        offsetof(MoeArgs, num_experts),
+                        offsetof(MoeArgs, local_experts),
+                        offsetof(MoeArgs, top_k),
+                        offsetof(MoeArgs, swiglu_oai)};
+int ROUTER_ARGS[] = {sizeof(RouterArgs),         offsetof(RouterArgs, x), offsetof(RouterArgs, weight),
+                           offsetof(RouterArgs, bias), offsetof(RouterArgs, out), offsetof(RouterArgs, M),
+                           offsetof(RouterArgs, H),    offsetof(RouterArgs, experts)};
 }

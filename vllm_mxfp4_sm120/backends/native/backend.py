@@ -1,0 +1,120 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The fastest backend, on every NVIDIA GPU from sm_80: the kernels of the CUDA library."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from vllm_mxfp4_sm120.backends.base import Backend, Prepared
+from vllm_mxfp4_sm120.backends.native import library, tuning
+from vllm_mxfp4_sm120.backends.native.layout import MAX_SCALE, MIN_SCALE, check_scales, tile_experts
+from vllm_mxfp4_sm120.moe import Activation, MoEShape, MoEWeights
+from vllm_mxfp4_sm120.platform import Machine
+
+# Of `moe_layer`: the kernel that the device's rule says.
+BY_RULE = -1
+
+
+class Native(Backend):
+    """Grouped kernels that decode MXFP4 in registers, from router logits to output in one to four launches."""
+
+    name = "native"
+    capturable = True
+    has_router = True
+    scale_range = (MIN_SCALE, MAX_SCALE)
+
+    @classmethod
+    def why_not(cls, machine: Machine, shape: MoEShape) -> str | None:
+        if not library.LIBRARY.exists():
+            return "the CUDA library isn't built: run kernels/build.sh, or install this package where nvcc is"
+        try:
+            architectures = library.load()
+        except (OSError, RuntimeError) as error:
+            return f"{library.LIBRARY.name} can't be used: {error}"
+        if architectures == "stub":
+            return None
+        if machine.capability is None:
+            return "it needs an NVIDIA GPU"
+        if not library.covers(architectures, machine.capability):
+            major, minor = machine.capability
+            return (
+                f"{library.LIBRARY.name} is built for {architectures}, not for {machine.sm}: "
+                f"build it with TORCH_CUDA_ARCH_LIST={major}.{minor} kernels/build.sh"
+            )
+        limits = library.limits()
+        for name, size in (("hidden", shape.hidden_size), ("intermediate", shape.intermediate_size)):
+            if size % 32 or not 32 <= size <= limits.size:
+                return f"{name} size {size} isn't a multiple of 32 up to {limits.size}"
+        if shape.num_experts > limits.experts:
+            return f"{shape.num_experts} experts are more than {limits.experts}"
+        if shape.top_k > limits.top_k:
+            return f"{shape.top_k} experts per token are more than {limits.top_k}"
+        return None
+
+    def __init__(self, shape: MoEShape) -> None:
+        super().__init__(shape)
+        library.load()  # where a proof runs, nobody has asked why_not
+
+    def prepare(self, weights: MoEWeights) -> dict[str, Tensor]:
+        """Tiles of codes and scales, in place where `weights` came from `MoEWeights.empty`. Raises ValueError first."""
+        tuning.hand_over(weights.w13.device)
+        check_scales(weights.w13, weights.w13_scale, "w13")
+        check_scales(weights.w2, weights.w2_scale, "w2")
+        prepared = {
+            "w13": tile_experts(weights.w13, weights.w13_scale, "w13"),
+            "w2": tile_experts(weights.w2, weights.w2_scale, "w2"),
+        }
+        if weights.w13_bias is not None:
+            prepared["w13_bias"] = weights.w13_bias.contiguous()
+        if weights.w2_bias is not None:
+            prepared["w2_bias"] = weights.w2_bias.contiguous()
+        return prepared
+
+    def forward(
+        self,
+        prepared: Prepared,
+        x: Tensor,
+        topk_ids: Tensor,
+        topk_weights: Tensor,
+        expert_map: Tensor | None = None,
+    ) -> Tensor:
+        if topk_ids.dtype == torch.int64:  # no id may come into range by being narrowed
+            topk_ids = topk_ids.clamp(-1, self.shape.num_experts)
+        ids, gates = topk_ids.to(torch.int32).contiguous(), topk_weights.float().contiguous()
+        return self._layer(prepared, x, None, ids, gates, expert_map)
+
+    def forward_logits(
+        self, prepared: Prepared, x: Tensor, router_logits: Tensor, expert_map: Tensor | None = None
+    ) -> Tensor:
+        if router_logits.dtype not in (torch.bfloat16, torch.float32):
+            router_logits = router_logits.float()
+        return self._layer(prepared, x, router_logits.contiguous(), None, None, expert_map)
+
+    def router_logits(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        return torch.ops.mxfp4_sm120.router_logits(x, weight, bias)
+
+    def _layer(
+        self,
+        prepared: Prepared,
+        x: Tensor,
+        router_logits: Tensor | None,
+        topk_ids: Tensor | None,
+        topk_weights: Tensor | None,
+        expert_map: Tensor | None,
+    ) -> Tensor:
+        return torch.ops.mxfp4_sm120.moe_layer(
+            x.contiguous(),
+            prepared["w13"],
+            prepared["w2"],
+            prepared.get("w13_bias"),
+            prepared.get("w2_bias"),
+            router_logits,
+            topk_ids,
+            topk_weights,
+            None if expert_map is None else expert_map.to(torch.int32),
+            self.shape.num_experts,
+            self.shape.top_k,
+            self.shape.activation is Activation.SWIGLU_OAI,
+            BY_RULE,
+        )

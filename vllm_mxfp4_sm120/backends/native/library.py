@@ -1,0 +1,107 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The CUDA library: where it is, whether it runs on a card, its ops, and what it says of its kernels."""
+
+from __future__ import annotations
+
+import re
+import warnings
+from dataclasses import dataclass
+from functools import lru_cache
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from vllm_mxfp4_sm120 import envs
+
+# Where kernels/build.sh and `pip install` put it.
+LIBRARY = Path(__file__).parents[2] / "_native.so"
+
+
+@dataclass(frozen=True)
+class Limits:
+    """What no kernel goes beyond, as kernels/csrc/moe.h says."""
+
+    experts: int
+    top_k: int
+    size: int  # hidden or intermediate
+    tokens: int  # of one launch; more are computed in parts
+    router_tokens: int  # for more, the router is a GEMM library's business
+
+
+@dataclass(frozen=True)
+class Configuration:
+    """One entry of the library's dispatch table: a name, up to what it takes a call, and what a block of it needs."""
+
+    name: str
+    tokens: int
+    size: int  # the larger of hidden and intermediate size
+    values: int  # tokens * top_k * the larger of hidden and intermediate size
+    threads: int
+    shared_bytes: int
+
+
+def load() -> str:
+    """Load the library, once per process; the GPUs it was built for as CMake writes them ("90-real 120-virtual").
+
+    Raises OSError where it can't be loaded, RuntimeError for a stub that MXFP4_SM120_ALLOW_STUB_KERNEL doesn't allow.
+    """
+    architectures = _load()
+    if architectures == "stub" and not envs.ALLOW_STUB_KERNEL.get():
+        raise RuntimeError(
+            f"it is a stub without GPU code: run kernels/build.sh, or set {envs.ALLOW_STUB_KERNEL.name}=1 to get zeros"
+        )
+    return architectures
+
+
+@lru_cache
+def _load() -> str:
+    torch.ops.load_library(LIBRARY)
+    torch.library.register_fake("mxfp4_sm120::moe_layer", _fake_moe_layer)
+    torch.library.register_fake("mxfp4_sm120::router_logits", _fake_router_logits)
+    architectures = torch.ops.mxfp4_sm120.architectures()
+    if architectures == "stub":
+        warnings.warn(f"{LIBRARY} is a stub: its output is zeros, never an answer", stacklevel=2)
+    return architectures
+
+
+def _fake_moe_layer(x: Tensor, *arguments) -> Tensor:
+    return torch.empty_like(x)
+
+
+def _fake_router_logits(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    return x.new_empty(x.shape[0], weight.shape[0])
+
+
+@lru_cache
+def limits() -> Limits:
+    """Of all kernels. The library must be loaded."""
+    return Limits(*torch.ops.mxfp4_sm120.limits())
+
+
+@lru_cache
+def configurations() -> tuple[Configuration, ...]:
+    """The dispatch table; an entry's place is the ops' `config`. The library must be loaded."""
+    return tuple(Configuration(*entry) for entry in zip(*torch.ops.mxfp4_sm120.configurations(), strict=True))
+
+
+def covers(architectures: str, capability: tuple[int, int]) -> bool:
+    """Can a library built for `architectures` run on a GPU of `capability`?
+
+    Machine code runs on its own and later minors of its major, PTX on everything later; "120a" on 12.0 alone, and
+    "120f" on its family: CUDA C++ Programming Guide, compute capabilities.
+    """
+    for text in architectures.split():
+        match = re.fullmatch(r"(\d+)(\d)([af]?)(-real|-virtual)?", text)
+        if match is None:
+            continue
+        built, variant, kind = (int(match[1]), int(match[2])), match[3], match[4]
+        if variant == "a":
+            runs = capability == built
+        elif variant == "f" or kind == "-real":
+            runs = capability[0] == built[0] and capability >= built
+        else:
+            runs = capability >= built
+        if runs:
+            return True
+    return False
