@@ -81,6 +81,9 @@ def ask(server: Server, task: Task) -> Answer:
     """Raises one of BROKEN."""
     options = {"logprobs": 0, "return_token_ids": True, "ignore_eos": True}
     choice = server.complete(list(task.prompt), task.max_tokens, **options)["choices"][0]
+    if len(choice["token_ids"]) != task.max_tokens:
+        count, why = len(choice["token_ids"]), choice["finish_reason"]
+        raise ValueError(f"{count} tokens of {task.max_tokens}: {why}")
     return Answer(choice["token_ids"], choice["logprobs"]["token_logprobs"])
 
 
