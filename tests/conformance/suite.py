@@ -14,6 +14,7 @@ import sys
 from collections.abc import Callable, Iterable
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
+from tempfile import TemporaryDirectory
 
 import torch
 
@@ -27,6 +28,7 @@ from vllm_mxfp4_sm120.moe import MoEWeights
 
 FAILURES = Path(__file__).parents[2] / ".conformance"
 MOST_SHRINKING = 300  # tries
+EMULATED = "emulated"  # the native kernels, on a CPU
 # Root mean square of the errors of a row or column, in units of their size. Two roundings to BF16, of the activation
 # and of the output, make 1.65e-3 each. The upcast rounds each matmul's output too, before SwiGLU, which magnifies.
 TOLERANCE = {"tiled": 3.5e-3, "native": 3.5e-3, "triton": 3.5e-3, "upcast": 1e-2}
@@ -106,6 +108,14 @@ class Subject:
         return self.backend.why_not_weights(given.weights) is not None
 
 
+def emulated(directory: str) -> Subject:
+    """The native kernels, built there for their emulator."""
+    from tests.conformance.emulated import emulated_native, small
+    from tests.kernels.emulated import build
+
+    return Subject(EMULATED, emulated_native(build(Path(directory))), TOLERANCE["native"], suits=small)
+
+
 @dataclass(frozen=True)
 class Failure:
     """A case that went wrong, shrunk."""
@@ -162,14 +172,16 @@ def draw(seed: int, count: int, shapes: int | None = None) -> Iterable[Case]:
 
 def main(arguments: list[str]) -> int:
     parser = argparse.ArgumentParser(prog="python -m tests.conformance.suite")
-    parser.add_argument("backend", choices=selector.MODULES)
+    parser.add_argument("backend", choices=(*selector.MODULES, EMULATED))
     parser.add_argument("--cases", type=int, default=500)
     parser.add_argument("--shapes", type=int, help="draw no more than so many layers")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--device", default="cpu")
     args = parser.parse_args(arguments)
     torch.set_num_threads(1)
-    failure = first_failure(Subject.named(args.backend, args.device), draw(args.seed, args.cases, args.shapes))
+    with TemporaryDirectory() as directory:
+        subject = emulated(directory) if args.backend == EMULATED else Subject.named(args.backend, args.device)
+        failure = first_failure(subject, draw(args.seed, args.cases, args.shapes))
     if failure is None:
         print(f"{args.backend}: {args.cases} cases from seed {args.seed} are right")
         return 0
