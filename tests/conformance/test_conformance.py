@@ -70,14 +70,7 @@ def test_triton_under_its_interpreter(seed, cases):
     run_alone("triton", seed, cases)
 
 
-# The earlier form of the grouped kernels' outputs, where a large column cost its neighbours their exactness.
-SHARED_BITS = "FREE_BITS" in (ROOT / "kernels/csrc/common/pack.cuh").read_text()
-
-
 @pytest.mark.skipif(shutil.which("g++") is None, reason="needs g++")
-@pytest.mark.skipif(
-    SHARED_BITS, reason="outputs in groups of four, as they were, aren't right to each column's tolerance"
-)
 def test_native_in_its_emulator(seed, cases):
     run_alone(EMULATED, seed, cases)
 

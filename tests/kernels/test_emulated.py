@@ -162,17 +162,67 @@ def test_one_token(library: ctypes.CDLL, blocks: int):
             assert not out.any(), seed
 
 
+# As int32 bits, whose upper half is a BF16's: quiet, signalling, negative, ones only.
+NANS = (0x7FFFFFFF, 0x7F810000, 0xFFC00000 - (1 << 32), -1)
+
+
 @KERNELS_AND_CARDS
-def test_a_poisoned_token_stays_alone(library: ctypes.CDLL, config: int):
+@pytest.mark.parametrize("where", ["x", "logits", "topk_weights"])
+def test_a_nan_stays_with_its_token(library: ctypes.CDLL, config: int, where: str):
+    """Whatever its bits: what decode's blocks hand each other may be any value but a NaN of ones only."""
+    shape = MoEShape(4, 4, 64, 96, 2)
+    x, logits = inputs(shape, tokens_for(config, 15), 1)
+    ids, weights = topk_softmax(logits, shape.top_k)
+    library.emulate(2, True, 0)
+    layer = Emulated(library, shape, proof.random_weights(shape, "cpu"))
+
+    def run() -> torch.Tensor:
+        return (
+            layer(x, logits, config) if where != "topk_weights" else layer(x, None, config, topk=(ids.int(), weights))
+        )
+
+    clean, others = run(), torch.arange(len(x)) != 5
+    bits = {"x": x.view(torch.int16), "logits": logits.view(torch.int32), "topk_weights": weights.view(torch.int32)}
+    for nan in NANS:
+        bits[where][5, 0] = nan >> 16 if where == "x" else nan
+        poisoned = run()
+        assert poisoned[5].isnan().all() and torch.equal(poisoned[others], clean[others]), hex(nan)
+
+
+@KERNELS_AND_CARDS
+@pytest.mark.parametrize("infinity", [torch.inf, -torch.inf])
+def test_infinity_stays_with_its_token(library: ctypes.CDLL, config: int, infinity: float):
     shape = MoEShape(4, 4, 64, 96, 2)
     x, logits = inputs(shape, tokens_for(config, 15), 1)
     library.emulate(2, True, 0)
     layer = Emulated(library, shape, proof.random_weights(shape, "cpu"))
     clean = layer(x, logits, config)
-    x[5] = torch.nan
+    x[5, 0], logits[6, 2] = infinity, infinity
     poisoned = layer(x, logits, config)
-    others = torch.arange(len(x)) != 5
-    assert poisoned[5].isnan().all() and torch.equal(poisoned[others], clean[others])
+    others = (torch.arange(len(x)) != 5) & (torch.arange(len(x)) != 6)
+    assert torch.equal(poisoned[others], clean[others])
+    right = reference(proof.random_weights(shape, "cpu"), x, *topk_softmax(logits, shape.top_k))
+    assert torch.equal(poisoned.isfinite(), right.isfinite())
+
+
+@KERNELS_AND_CARDS
+def test_ids_of_any_value(library: ctypes.CDLL, config: int):
+    """What isn't an expert's number, in the ids or in the expert map, is not here; experts may be chosen twice."""
+    shape = MoEShape(6, 4, 64, 96, 4)
+    x, logits = inputs(shape, tokens_for(config, 20), 1)
+    ids, gates = (tensor.contiguous() for tensor in topk_softmax(logits, shape.top_k))
+    odd = torch.tensor([-1, -2, -32768, -65535, -65536, -(1 << 31), 6, 7, 256, 65536, 65538, (1 << 31) - 1])
+    places = torch.arange(ids.numel()) % 3 == 1
+    ids.view(-1)[places] = odd.repeat(ids.numel())[: int(places.sum())]
+    ids[3, 2:] = ids[3, 0]
+    expert_map = torch.tensor([2, -65536, 0, 4, 3, 1], dtype=torch.int32)
+    library.emulate(2, True, 0)
+    weights = proof.random_weights(shape, "cpu")
+    out = Emulated(library, shape, weights)(x, None, config, expert_map, topk=(ids.int(), gates))
+    known = torch.where((ids >= 0) & (ids < 6), ids, 1)  # which isn't here
+    here = torch.where((expert_map >= 0) & (expert_map < 4), expert_map, -1)
+    expected = reference(weights, x, known, gates, shape.activation, here, activation_dtype=torch.bfloat16)
+    assert float((out.double() - expected).norm() / expected.norm()) <= TOLERANCE_OF_FEW
 
 
 @KERNELS_AND_CARDS
@@ -193,20 +243,29 @@ def test_another_ranks_experts_are_left_out(library: ctypes.CDLL, config: int, c
 
 
 @KERNELS_AND_CARDS
-def test_outputs_beside_a_huge_one_keep_their_digits(library: ctypes.CDLL, config: int):
-    """One output in eight is a thousand times as large as the others; the kernels pack four together."""
-    shape = MoEShape(4, 4, 64, 96, 2)
-    x, logits = inputs(shape, tokens_for(config, 40), 4)
+@pytest.mark.parametrize("far", [20, -20])
+def test_each_column_by_itself(library: ctypes.CDLL, config: int, far: int):
+    """Neighbouring columns are 2^20 times as large or as small, whichever of the four that the kernels pack together;
+
+    a token is large and one is tiny. Each column and each token is right by itself.
+    """
+    shape = MoEShape(4, 4, 64, 96, 2, has_bias=False)
+    x, logits = inputs(shape, tokens_for(config, 100), 4)
+    x[2], x[3] = x[2] * 2**10, x[3] * 2**-10
     weights = proof.random_weights(shape, "cpu")
-    weights.w2_scale[:, 3::8] += 10
-    weights.w2_bias[:] = 0
+    weights.w2_scale[:, torch.arange(64) * 5 // 4 % 5 == 0] += far
     library.emulate(2, True, 0)
     out = Emulated(library, shape, weights)(x, logits, config)
     ids, gates = topk_softmax(logits, shape.top_k)
     expected = reference(weights, x, ids, gates, shape.activation, None, activation_dtype=torch.bfloat16)
-    others = torch.arange(64) % 8 != 3
-    difference, size = (out.double() - expected)[:, others].norm(), expected[:, others].norm()
-    assert difference <= 4e-3 * size and size < expected.norm() / 100
+    ordinary = (torch.arange(len(x)) < 2) | (torch.arange(len(x)) > 3)
+    sizes = expected[ordinary].norm(dim=0)
+    assert sizes.max() > 2**19 * sizes.min()
+    error, expected = (out.double() - expected) / sizes, expected / sizes  # each column of size 1
+    of_all = error[ordinary].norm() / expected[ordinary].norm()
+    assert of_all <= (TOLERANCE if len(x) > 8 else TOLERANCE_OF_FEW)
+    assert error[ordinary].norm(dim=0).max() <= TOLERANCE * (1 + 3 / len(x) ** 0.5)
+    assert (error.norm(dim=1) / expected.norm(dim=1)).max() <= 2 * TOLERANCE
 
 
 @pytest.mark.parametrize(

@@ -23,28 +23,36 @@ __device__ __forceinline__ uint32_t pack_fp16x2(float lo, float hi) {
   return *reinterpret_cast<const uint32_t*>(&v);
 }
 
-// Four numbers in 8 bytes: FP16s of them, scaled so that the largest is just below 2^-7. Then two bits of each FP16 are
-// zero, and hold the exponent instead. A number keeps 11 bits, down to 1/64 of the largest; from there on its last bit
-// is 2^-17 of it: beside a number a thousand times as large it is as good as in BF16. One of them NaN or infinite: all
-// four are NaN. Numbers come divided by 2^12, so that the scale is a float whatever they are.
-constexpr float PACKED_SCALE = 1.f / 4096.f;
-constexpr uint32_t FREE_BITS = 0x60006000u;
+// Four numbers in 8 bytes: FP16s that share a power of two. A number keeps 10 bits, also beside one 2^21 times as large;
+// NaN and infinity stay with the number that is one. The largest is scaled to 2^7 .. 2^15, in steps of 2^8, so that four
+// bits say which step: each FP16's last one. Sixteen steps are 2^-63 .. 2^65: beyond, a number is infinite; below, it
+// keeps 10 bits down to 2^-84. (w2's scales are 2^-84 to 2^49, its sums mostly some hundred times that.)
+constexpr int FIRST_STEP = 8, LAST_STEP = 23;  // of a float's exponent field, by eights: 64 .. 191
+constexpr uint32_t STEP_BITS = 0x00010001u;    // of two FP16s
+constexpr uint32_t STEP_SPREAD = 1 | 1 << 15;  // a number times this has its bit 0 in bit 0 and its bit 1 in bit 16
 
 __device__ __forceinline__ uint2 pack_four(const float (&v)[4]) {
-  const float largest = max_nan(max_nan(fabsf(v[0]), fabsf(v[1])), max_nan(fabsf(v[2]), fabsf(v[3])));
-  // Just below a power of two the exponent is one higher, for FP16 not to round up to 2^-7.
-  const uint32_t n = __float_as_uint(largest * (1.f + 1.f / 2048.f)) >> 23;
-  const float scale = __uint_as_float((127 + 126 - 7 - n) << 23);
-  return {pack_fp16x2(v[0] * scale, v[1] * scale) | (n * (1u << 13 | 1u << 27) & FREE_BITS),
-          pack_fp16x2(v[2] * scale, v[3] * scale) | (n * (1u << 9 | 1u << 23) & FREE_BITS)};
+  const float largest = fmaxf(fmaxf(fabsf(v[0]), fabsf(v[1])), fmaxf(fabsf(v[2]), fabsf(v[3])));
+  const int step = min(max(static_cast<int>(__float_as_uint(largest) >> 26), FIRST_STEP), LAST_STEP);
+  const float scale = __uint_as_float(((127u + 127 + 7) << 23) - (step << 26));
+  const uint32_t bits = (step - FIRST_STEP) * STEP_SPREAD;
+  auto with_step = [](uint32_t pair, uint32_t bits) { return (pair & ~STEP_BITS) | (bits & STEP_BITS); };
+  return {with_step(pack_fp16x2(v[0] * scale, v[1] * scale), bits),
+          with_step(pack_fp16x2(v[2] * scale, v[3] * scale), bits >> 2)};
 }
-__device__ __forceinline__ float4 unpack_four(uint2 packed) {
-  const uint32_t x = packed.x, y = packed.y;
-  const uint32_t n = (x >> 13 & 3) | (x >> 27 & 12) | (y >> 9 & 48) | (y >> 23 & 192);
-  const float scale = n == 255 ? NAN : __uint_as_float(n << 23);  // 2^(n - 127)
-  constexpr float REST = 256.f / PACKED_SCALE;                    // 2^(n - 119) undoes pack_four's scale
-  const float2 lo = unpack_fp16x2(x & ~FREE_BITS), hi = unpack_fp16x2(y & ~FREE_BITS);
-  return {lo.x * REST * scale, lo.y * REST * scale, hi.x * REST * scale, hi.y * REST * scale};
+// sum += weight * the four numbers
+__device__ __forceinline__ void add_four(float4& sum, uint2 packed, float weight) {
+  const uint32_t bits = (packed.x & STEP_BITS) | (packed.y & STEP_BITS) << 2;
+  const uint32_t step = FIRST_STEP + ((bits | bits >> 15) & 15);
+  // Half of the last bits were 1 when they were overwritten: 2^-11 of a number near 1, and so of a number whose mantissa
+  // is as likely to be anything 2^-11 * 0.72 on average. This takes it back.
+  constexpr float UNBIASED = 1.000352f;
+  const float scale = __uint_as_float((step << 26) - (7u << 23)) * UNBIASED * weight;
+  const float2 lo = unpack_fp16x2(packed.x & ~STEP_BITS), hi = unpack_fp16x2(packed.y & ~STEP_BITS);
+  sum.x += lo.x * scale;
+  sum.y += lo.y * scale;
+  sum.z += hi.x * scale;
+  sum.w += hi.y * scale;
 }
 
 }  // namespace mxfp4_sm120

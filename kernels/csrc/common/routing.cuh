@@ -92,10 +92,10 @@ __device__ inline Choice route_token(const MoeArgs& args, int token, int lane, b
     weight /= sum;
   }
   if (lane >= k) expert = -1;
-  if (expert >= 0) {
-    if (args.expert_map != nullptr) expert = expert < args.num_experts ? args.expert_map[expert] : -1;
-    if (expert >= args.local_experts) expert = -1;
-  }
+  // Whatever is sent: what isn't an expert's number is not here.
+  if (args.expert_map != nullptr)
+    expert = static_cast<unsigned>(expert) < static_cast<unsigned>(args.num_experts) ? args.expert_map[expert] : -1;
+  if (static_cast<unsigned>(expert) >= static_cast<unsigned>(args.local_experts)) expert = -1;
   if (merge && (args.router_logits == nullptr || args.expert_map != nullptr)) {  // else all are different
     float sum = weight;
     bool repeated = false;

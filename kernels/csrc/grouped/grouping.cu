@@ -128,13 +128,6 @@ __global__ void __launch_bounds__(256) combine_slots(const MoeArgs args, const G
   if (token >= args.M) return;
   const uint4* const y = reinterpret_cast<const uint4*>(ws.y) + piece;
   float4 lo{0.f, 0.f, 0.f, 0.f}, hi = lo;
-  auto add = [](float4& sum, uint2 packed, float weight) {
-    const float4 v = unpack_four(packed);
-    sum.x += v.x * weight;
-    sum.y += v.y * weight;
-    sum.z += v.z * weight;
-    sum.w += v.w * weight;
-  };
   for (int j0 = 0; j0 < args.top_k; j0 += AT_ONCE) {
     if (j0 > 0) find(j0);
     uint4 v[AT_ONCE];
@@ -144,8 +137,8 @@ __global__ void __launch_bounds__(256) combine_slots(const MoeArgs args, const G
 #pragma unroll
     for (int j = 0; j < AT_ONCE; ++j)
       if (position[j] >= 0) {
-        add(lo, {v[j].x, v[j].y}, weight[j]);
-        add(hi, {v[j].z, v[j].w}, weight[j]);
+        add_four(lo, {v[j].x, v[j].y}, weight[j]);
+        add_four(hi, {v[j].z, v[j].w}, weight[j]);
       }
   }
   static_cast<uint4*>(args.out)[static_cast<int64_t>(token) * pieces + piece] = {

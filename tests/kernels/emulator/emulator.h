@@ -383,10 +383,11 @@ inline uint32_t __byte_perm(uint32_t a, uint32_t b, uint32_t selector) {
     out |= static_cast<uint32_t>(bytes >> (selector >> 4 * i & 7) * 8 & 0xff) << 8 * i;
   return out;
 }
+// A GPU's arithmetic makes one NaN alone, whatever NaNs go into it (CUDA C++ Programming Guide, floating-point standard).
 inline uint32_t __float_as_uint(float v) {
   uint32_t u;
   std::memcpy(&u, &v, 4);
-  return u;
+  return std::isnan(v) ? 0x7fffffff : u;
 }
 inline float __uint_as_float(uint32_t u) {
   float v;
