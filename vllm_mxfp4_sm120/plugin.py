@@ -68,11 +68,16 @@ def _register() -> str | None:
 
 
 def _refuse(reason: str) -> None:
-    if _first_process():
-        logger.warning("%s; other models are served as without it", reason)
-    from vllm_mxfp4_sm120.quantization import refusal
+    """Say so once, and to whoever asks by name."""
+    end = "other models are served as without it"
+    try:
+        from vllm_mxfp4_sm120.quantization import refusal
 
-    refusal.register(reason)
+        refusal.register(reason)
+    except Exception as error:
+        end += f", and vLLM's own method answers to {NAME}: {_one_line(error)}"
+    if _first_process():
+        logger.warning("%s; %s", reason, end)
 
 
 def _ask_for_amx() -> None:

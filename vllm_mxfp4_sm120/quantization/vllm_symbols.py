@@ -5,7 +5,6 @@ Importing this file is the test whether the plugin fits a vLLM: `plugin.register
 plugin is off. Only `refusal.py`, which must work then, imports two names by itself.
 """
 
-from vllm import ModelRegistry  # the model class that checks every tensor as it loads (model.py)
 from vllm.config import (
     CUDAGraphMode,  # to turn graphs off for backends that can't be captured
     VllmConfig,  # what features.py reads
@@ -30,6 +29,7 @@ from vllm.model_executor.layers.quantization import (
     register_quantization_config,
 )
 from vllm.model_executor.layers.quantization.base_config import QuantizeMethodBase  # a return type
+from vllm.model_executor.models import ModelRegistry  # the model class that checks tensors as they load (model.py)
 from vllm.model_executor.models.config import MODELS_CONFIG_MAP  # where the engine's whole configuration is seen first
 from vllm.model_executor.models.gpt_oss import GptOssForCausalLM  # the model
 from vllm.model_executor.models.utils import WeightsMapper  # to see the names of an adapter's tensors
