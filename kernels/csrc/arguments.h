@@ -59,7 +59,13 @@ std::string shape_text(const Sizes& sizes) {
   return text.str();
 }
 
+// torch hands over None, where a tensor must be, as a tensor that isn't defined.
+inline void expect_given(const Tensor& t, const char* name) {
+  if (!t.defined()) refuse(name, " is missing, expected a tensor");
+}
+
 inline int64_t size_of(const Tensor& t, const char* name, int64_t dims, int64_t i) {
+  expect_given(t, name);
   if (t.dim() != dims) refuse(name, " has ", t.dim(), " dimensions, expected ", dims);
   return t.size(i);
 }
@@ -97,6 +103,7 @@ struct Place {
 // The tensor's data, if it is as expected.
 inline void* checked(const Tensor& t, const char* name, const Place& place, int32_t dtype,
                      std::initializer_list<int64_t> shape, Aligned aligned = Aligned::Vector) {
+  expect_given(t, name);
   if (const Place here(t); !(here == place)) refuse(name, " is on ", here.text(), ", expected ", place.text(), " as x");
   if (dtype_of(t) != dtype)
     refuse(name, " is ", dtype_name(t.scalar_type()), ", expected ",

@@ -121,6 +121,7 @@ Tensor moe_layer(const Tensor& x, const Tensor& w13, const Tensor& w2, const Opt
                  const OptionalTensor& w2_bias, const OptionalTensor& router_logits, const OptionalTensor& topk_ids,
                  const OptionalTensor& topk_weights, const OptionalTensor& expert_map, int64_t num_experts,
                  int64_t top_k, bool swiglu_oai, int64_t config) {
+  expect_given(x, "x");
   expect_usable(x);
   const Place place(x);
   MoeArgs args = sizes_of(x, w2, num_experts, top_k);
@@ -146,6 +147,7 @@ Tensor moe_layer(const Tensor& x, const Tensor& w13, const Tensor& w2, const Opt
 }
 
 Tensor router_logits(const Tensor& x, const Tensor& weight, const OptionalTensor& bias) {
+  expect_given(x, "x");
   expect_usable(x);
   const Place place(x);
   const int64_t tokens = size_of(x, "x", 2, 0), hidden = size_of(x, "x", 2, 1);
@@ -173,10 +175,17 @@ Tensor router_logits(const Tensor& x, const Tensor& weight, const OptionalTensor
   return out;
 }
 
+int in_range(int64_t value, const char* name, int least, int most) {
+  if (value < least || value > most) refuse(name, " is ", value, ", expected ", least, " to ", most);
+  return static_cast<int>(value);
+}
+
 int64_t workspace_bytes_op(int64_t tokens, int64_t hidden_size, int64_t intermediate_size, int64_t local_experts,
                            int64_t top_k) {
-  return workspace_bytes(static_cast<int>(tokens), static_cast<int>(hidden_size), static_cast<int>(intermediate_size),
-                         static_cast<int>(local_experts), static_cast<int>(top_k));
+  return workspace_bytes(in_range(tokens, "tokens", 0, MAX_TOKENS), in_range(hidden_size, "hidden_size", 1, MAX_SIZE),
+                         in_range(intermediate_size, "intermediate_size", 1, MAX_SIZE),
+                         in_range(local_experts, "local_experts", 1, MAX_EXPERTS),
+                         in_range(top_k, "top_k", 1, MAX_TOP_K));
 }
 
 using Names = std::vector<std::string>;

@@ -79,9 +79,7 @@ class Native(Backend):
         topk_weights: Tensor,
         expert_map: Tensor | None = None,
     ) -> Tensor:
-        if topk_ids.dtype == torch.int64:  # no id may come into range by being narrowed
-            topk_ids = topk_ids.clamp(-1, self.shape.num_experts)
-        ids, gates = topk_ids.to(torch.int32).contiguous(), topk_weights.float().contiguous()
+        ids, gates = _narrowed(topk_ids).contiguous(), topk_weights.float().contiguous()
         return self._layer(prepared, x, None, ids, gates, expert_map)
 
     def forward_logits(
@@ -112,9 +110,16 @@ class Native(Backend):
             router_logits,
             topk_ids,
             topk_weights,
-            None if expert_map is None else expert_map.to(torch.int32),
+            None if expert_map is None else _narrowed(expert_map).contiguous(),
             self.shape.num_experts,
             self.shape.top_k,
             self.shape.activation is Activation.SWIGLU_OAI,
             BY_RULE,
         )
+
+
+def _narrowed(ids: Tensor) -> Tensor:
+    """Integers as int32: none comes into the experts' range by that. What isn't integers is the op's to refuse."""
+    if ids.dtype == torch.int64:
+        ids = ids.clamp(-1, torch.iinfo(torch.int32).max)
+    return ids if ids.is_floating_point() else ids.to(torch.int32)
