@@ -23,6 +23,11 @@ EXPERTS = 20
 CPU_HIDDEN, CPU_INTERMEDIATE = 96, 160
 
 
+# Like GPT-OSS's outputs, which reach 10,000 beside ordinary ones: one column in so many is 2^so much as large.
+OUTLIER_EVERY, OUTLIER_LOG2 = 16, 20
+# One token is so much larger than the others, one so much smaller.
+LARGE_TOKEN, TINY_TOKEN = 16.0, 1 / 64
+
 # What CUDA says where a library holds no code for this card: that stays so, unlike all else that raises.
 MISSING_KERNEL = ("no kernel image", "NO_BINARY_FOR_GPU", "invalid device function")
 
@@ -75,9 +80,14 @@ def random_weights(shape: MoEShape, device: torch.device | str, seed: int = 0) -
 
 
 def random_inputs(shape: MoEShape, tokens: int, device: torch.device | str, seed: int = 1) -> tuple[Tensor, Tensor]:
-    """Activations bf16 [tokens, H] and logits bf16 [tokens, E] that send all tokens to expert 1, none to expert 0."""
+    """Activations bf16 [tokens, H] and logits bf16 [tokens, E] that send all tokens to expert 1, none to expert 0.
+
+    Of three tokens and more the second is large and the third tiny.
+    """
     draw: dict[str, Any] = {"generator": torch.Generator("cpu").manual_seed(seed), "device": "cpu"}
     x = torch.randn(tokens, shape.hidden_size, dtype=torch.float32, **draw)
+    if tokens > 2:
+        x[1], x[2] = x[1] * LARGE_TOKEN, x[2] * TINY_TOKEN
     logits = torch.randn(tokens, shape.num_experts, dtype=torch.float32, **draw) * 0.5
     if shape.num_experts > shape.top_k:
         logits[:, 0], logits[:, 1] = -9.0, 2.5
@@ -92,6 +102,18 @@ def random_router(shape: MoEShape, device: torch.device | str, seed: int = 2) ->
     return weight.bfloat16().to(device), torch.randn(shape.num_experts, **draw).bfloat16().to(device)
 
 
+def outlier_columns(shape: MoEShape) -> Tensor:
+    """bool [H], on the CPU: a different one of each four neighbours in turn."""
+    column = torch.arange(shape.hidden_size, device="cpu")
+    return column % OUTLIER_EVERY == column // OUTLIER_EVERY % 4
+
+
+def relative_error(answer: Tensor, right: Tensor) -> float:
+    """The worst token's (Frobenius), for a large one would hide all others. NaN for a NaN anywhere."""
+    error, size = (answer.double() - right).norm(dim=1), right.norm(dim=1)
+    return (error / size.clamp(min=torch.finfo(torch.float64).tiny)).max().item()
+
+
 def solve(backend: type[Backend], shape: MoEShape, device: torch.device | str) -> Proof:
     """Run the problem in this process and judge the answers."""
     try:
@@ -101,6 +123,9 @@ def solve(backend: type[Backend], shape: MoEShape, device: torch.device | str) -
             expert_map[1::2] = torch.arange(shape.local_experts, dtype=torch.int32, device=device)
         layer = backend(shape)
         loaded = random_weights(shape, device)
+        outlier = outlier_columns(shape).to(device)
+        loaded.w2_scale[:, outlier] += OUTLIER_LOG2
+        ordinary = torch.where(outlier, 2.0**-OUTLIER_LOG2, 1.0).double()  # makes columns alike: each counts
         weights = loaded.clone()
         prepared = layer.prepare(loaded)
         router, bias = random_router(shape, device)
@@ -109,18 +134,18 @@ def solve(backend: type[Backend], shape: MoEShape, device: torch.device | str) -
             topk_ids, topk_weights = topk_softmax(logits, shape.top_k)
             expected = reference(weights, x, topk_ids, topk_weights, shape.activation, expert_map)
             answers = {
-                "routed": (layer.forward(prepared, x, topk_ids.int(), topk_weights, expert_map), expected),
-                "from logits": (layer.forward_logits(prepared, x, logits, expert_map), expected),
+                "routed": (layer.forward(prepared, x, topk_ids.int(), topk_weights, expert_map), expected, ordinary),
+                "from logits": (layer.forward_logits(prepared, x, logits, expert_map), expected, ordinary),
             }
             if backend.has_router:
                 right = x.double() @ router.double().T + bias.double()
-                answers["the router"] = layer.router_logits(x, router, bias), right
-            for path, (answer, right) in answers.items():
+                answers["the router"] = layer.router_logits(x, router, bias), right, torch.ones_like(right[0])
+            for path, (answer, right, scale) in answers.items():
                 if answer.shape != right.shape or answer.dtype != x.dtype:
                     return Proof(
                         f"answered {answer.dtype} {list(answer.shape)}, expected {x.dtype} {list(right.shape)}"
                     )
-                error = ((answer.double() - right).norm() / right.norm()).item()
+                error = relative_error(answer * scale, right * scale)
                 if not error <= backend.tolerance:  # NaN fails too
                     at = f"{error:.2g} at {tokens} tokens, {path}"
                     return Proof(f"wrong numbers: relative error {at}, expected at most {backend.tolerance}")
