@@ -26,7 +26,7 @@ ARCHITECTURE = "Mxfp4Sm120ForCausalLM"
 VLLMS_OWN = "gpt_oss_mxfp4"
 
 
-class GptOssConfig(MODELS_CONFIG_MAP[GPT_OSS]):  # type: ignore[misc]
+class GptOssConfig(MODELS_CONFIG_MAP[GPT_OSS]):
     """vLLM's adjustments of a GPT-OSS engine's configuration, followed by ours where the model is ours."""
 
     @classmethod
