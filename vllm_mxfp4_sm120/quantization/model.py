@@ -16,6 +16,9 @@ from vllm_mxfp4_sm120.quantization.vllm_symbols import (
     RoutedExperts,
     VllmConfig,
     WeightsMapper,
+    default_weight_loader,
+    get_tensor_model_parallel_rank,
+    get_tensor_model_parallel_world_size,
     init_logger,
 )
 
@@ -63,21 +66,33 @@ class Mxfp4Sm120ForCausalLM(GptOssForCausalLM):
 
 
 class _Experts:
-    """The experts' tensors out of all that come, each cut to what this rank holds."""
+    """The experts' tensors, and the sinks, out of all that come, each cut to what this rank holds."""
 
     def __init__(self, model: Mxfp4Sm120ForCausalLM) -> None:
         modules = [(name, module) for name, module in model.named_modules() if isinstance(module, RoutedExperts)]
         self.layers: dict[str, tuple[str, Any]] = {module.layer_name: (name, module) for name, module in modules}
+        self.parameters = dict(model.named_parameters())
         self.loaded: set[str] = set()
 
     def take(self, named: Iterable[tuple[str, Tensor]]) -> Iterator[tuple[str, Tensor]]:
-        """Load experts, and yield everything else."""
+        """Load experts and sinks, and yield everything else."""
         for name, tensor in named:
             prefix, _, kind = name.rpartition(".")
-            if kind not in PUBLISHED:
+            if kind == "sinks":
+                self._load_sinks(prefix, tensor)
+            elif kind not in PUBLISHED:
                 yield name, tensor
             elif prefix in self.layers:  # else another pipeline stage has that layer
                 self._load(*self.layers[prefix], PUBLISHED[kind], tensor)
+
+    def _load_sinks(self, prefix: str, tensor: Tensor) -> None:
+        """By a parameter's own loader, if it has one: vLLM's GPT-OSS copies, which a reload doesn't see."""
+        name = prefix.replace(".self_attn", ".attn") + ".sinks"
+        if (sinks := self.parameters.get(name)) is None:
+            return
+        part = tensor.chunk(get_tensor_model_parallel_world_size())[get_tensor_model_parallel_rank()]
+        getattr(sinks, "weight_loader", default_weight_loader)(sinks, part)
+        self.loaded.add(name)
 
     def _load(self, name: str, layer: Any, field: str, tensor: Tensor) -> None:
         method, parameter = layer.quant_method, PARAMETER_OF[field]
@@ -93,12 +108,9 @@ class _Experts:
             method.process_weights_after_loading(layer)
 
     def finish(self) -> None:
-        for name, (_, layer) in self.layers.items():
-            loader = layer.quant_method.loader
-            if layer.quant_method.prepared and loader.loaded and not loader.complete:
-                logger.warning(
-                    "mxfp4_sm120: %s has %d of its %d tensors; the old ones answer until the others come",
-                    name,
-                    len(loader.loaded),
-                    len(PUBLISHED),
-                )
+        methods = [layer.quant_method for _, layer in self.layers.values()]
+        if any(method.prepared and method.loader.loaded for method in methods):
+            logger.warning_once(
+                "mxfp4_sm120: a layer's new experts answer once all %d tensors have come, the old ones until then",
+                len(PUBLISHED),
+            )

@@ -10,6 +10,7 @@ from vllm.config import (
     VllmConfig,  # what features.py reads
     get_current_vllm_config,  # the options of the engine that a layer is made for
 )
+from vllm.distributed import get_tensor_model_parallel_rank, get_tensor_model_parallel_world_size  # whose sinks
 from vllm.forward_context import get_forward_context  # layers by name, from inside a compiled model
 from vllm.logger import init_logger  # lines that are said once
 from vllm.model_executor.custom_op import op_registry_oot  # whether another plugin has taken the router's layer
@@ -29,6 +30,7 @@ from vllm.model_executor.layers.quantization import (
     register_quantization_config,
 )
 from vllm.model_executor.layers.quantization.base_config import QuantizeMethodBase  # a return type
+from vllm.model_executor.model_loader.weight_utils import default_weight_loader  # for sinks
 from vllm.model_executor.models import ModelRegistry  # the model class that checks tensors as they load (model.py)
 from vllm.model_executor.models.config import MODELS_CONFIG_MAP  # where the engine's whole configuration is seen first
 from vllm.model_executor.models.gpt_oss import GptOssForCausalLM  # the model
@@ -56,8 +58,11 @@ __all__ = [
     "VllmConfig",
     "WeightsMapper",
     "current_platform",
+    "default_weight_loader",
     "get_current_vllm_config",
     "get_forward_context",
+    "get_tensor_model_parallel_rank",
+    "get_tensor_model_parallel_world_size",
     "init_logger",
     "op_registry_oot",
     "register_quantization_config",

@@ -1,0 +1,45 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Weights that change in a running engine: the new ones answer, from where the old ones lay."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from tests.engine.conftest import ENV, ONE_OF_SEVERAL
+from vllm_mxfp4_sm120.cli.make_tiny import make_tiny
+
+ROOT = Path(__file__).parents[2]
+
+
+def run(model: Path, other: Path, ranks: int = 1) -> list[list[list[float]]]:
+    """What tests/engine/weights.py prints last."""
+    env = ONE_OF_SEVERAL if ranks > 1 else {"VLLM_ENABLE_V1_MULTIPROCESSING": "0"}
+    arguments = json.dumps({"enforce_eager": True, "tensor_parallel_size": ranks})
+    done = subprocess.run(
+        [sys.executable, "-m", "tests.engine.weights", str(model), str(other), arguments],
+        cwd=ROOT,
+        env={**ENV, **env},
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    return json.loads(next(line for line in reversed(done.stdout.splitlines()) if line.startswith("[[[")))
+
+
+@pytest.mark.skipif(torch.cuda.device_count() == 1, reason="two ranks need two GPUs, or none")
+def test_reloaded_updated_and_back(tiny: Path, tiny_config: dict, tmp_path: Path) -> None:
+    """On one rank and on two, of which the second has a short shard: what is loaded anew answers as a fresh engine."""
+    other = tmp_path / "other"
+    make_tiny(other, tiny_config, seed=1)
+    fresh = run(other, other)
+    assert run(tiny, other) == fresh
+    two_ranks = run(tiny, other, ranks=2)
+    assert [[token for token, _ in answer] for answer in two_ranks] == [[token for token, _ in a] for a in fresh]
+    assert (torch.tensor(two_ranks) - torch.tensor(fresh)).abs().max() < 2e-2
