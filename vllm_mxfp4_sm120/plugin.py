@@ -5,7 +5,6 @@ from __future__ import annotations
 
 import logging
 import multiprocessing
-import sys
 
 import torch
 from packaging.version import InvalidVersion, Version
@@ -47,8 +46,10 @@ def why_unsupported(vllm_version: str) -> str | None:
 
 
 def _vllm_version() -> str:
-    """Of the vLLM that called: nothing is imported to learn it."""
-    return str(getattr(sys.modules.get("vllm"), "__version__", "of unknown version"))
+    """Of the vLLM that called, which is imported by then."""
+    import vllm
+
+    return str(getattr(vllm, "__version__", "of unknown version"))
 
 
 def _register() -> str | None:

@@ -19,6 +19,7 @@ from vllm.config import CompilationMode
 
 from tests.engine.conftest import MAX_TOKENS, ONE_OF_SEVERAL, Answers, generate, transformers_answers
 from vllm_mxfp4_sm120.checkpoint import Sizes
+from vllm_mxfp4_sm120.cli.make_tiny import make_tiny
 from vllm_mxfp4_sm120.cli.serve import HOST, Server, free_port
 from vllm_mxfp4_sm120.memory import upcast_bytes
 from vllm_mxfp4_sm120.mxfp4 import BLOCK
@@ -103,6 +104,19 @@ def test_two_ranks(
     answers = generate(tiny, prompts, tmp_path, quantization="mxfp4_sm120", **engine)
     assert_ours(answers, tiny_config, choice, **ranks)
     assert answers.worst_difference(offline) < TOLERANCE
+
+
+@pytest.mark.skipif(torch.cuda.device_count() == 1, reason="two ranks need two GPUs, or none")
+def test_experts_that_the_ranks_do_not_divide(tiny_config: dict, prompts: list[list[int]], tmp_path: Path) -> None:
+    """15 experts on two ranks: 8 and 7."""
+    odd = tmp_path / "odd"
+    make_tiny(odd, {**tiny_config, "num_local_experts": 15})
+    engine = {"quantization": "mxfp4_sm120", "enforce_eager": True}
+    one = generate(odd, prompts, tmp_path, **engine)
+    two = generate(odd, prompts, tmp_path, tensor_parallel_size=2, enable_expert_parallel=True, **engine)
+    sizes = [[nbytes for _, _, nbytes in rank.values()] for rank in (*one.layers, *two.layers)]
+    assert [rank[0] * 15 for rank in sizes] == [sizes[0][0] * experts for experts in (15, 8, 7)]
+    assert two.worst_difference(one) < TOLERANCE
 
 
 @pytest.mark.skipif(torch.cuda.device_count() == 1, reason="two ranks need two GPUs, or none")

@@ -162,5 +162,5 @@ def test_serve_refuses_a_scale_that_is_nan(copy: Path, tmp_path: Path) -> None:
 
 def test_serve_refuses_an_unknown_variable(copy: Path, tmp_path: Path) -> None:
     assert server_refusal(copy, tmp_path / "log", MXFP4_SM120_BACKENT="tiled") == (
-        "ValueError: MXFP4_SM120_BACKENT is not a variable of this plugin: did you mean MXFP4_SM120_BACKEND?"
+        "MXFP4_SM120_BACKENT is not a variable of this plugin: did you mean MXFP4_SM120_BACKEND?"
     )
