@@ -90,6 +90,7 @@ def test_ids_of_any_value(layer: Layer, tokens: int, dtype: torch.dtype):
     """What isn't an expert's number, in the ids or in the expert map, is not here; experts may be chosen twice."""
     x, logits = inputs(layer.shape, tokens)
     ids, gates = topk_softmax(logits, 4)
+    ids = ids.contiguous()
     odd = [-1, -2, -32768, -65535, -65536, -(1 << 31), 16, 17, 256, 65536, 65538, (1 << 31) - 1]
     if dtype == torch.int64:
         odd += [1 << 32, (1 << 32) + 3, -(1 << 32), -(1 << 63), (1 << 63) - 1]
@@ -111,7 +112,7 @@ def test_ids_of_any_value(layer: Layer, tokens: int, dtype: torch.dtype):
             expert_map=there,
             activation_dtype=torch.bfloat16,
         )
-        assert error(out, right) <= TOLERANCE
+        assert error(out, right) <= TOLERANCE if bool(right.any()) else not bool(out.any())
 
 
 def test_sizes_beyond_reason():
