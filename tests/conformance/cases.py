@@ -21,7 +21,7 @@ ROUTING = ("uniform", "skewed", "one expert", "equal logits")
 SCALES = ("ordinary", "rows", "blocks", "low", "high", "zero blocks", "whole range", "any")
 BIAS = ("ordinary", "none", "large")
 ACTIVATIONS = ("ordinary", "outlier columns", "large and tiny tokens", "zero tokens", "NaN", "infinity", "NaN logits")
-IDS = ("int32", "int64", "out of range int32", "out of range int64")
+IDS = ("int32", "int64", "out of range int32", "out of range int64", "repeated int32")
 PATHS = ("routed", "logits", "float logits")
 KINDS = {
     "local": LOCAL,
@@ -223,6 +223,9 @@ def _ids(case: Case, ids: Tensor, generator: torch.Generator) -> Tensor:
             odd += [2**32, 2**32 + 1, -(2**32), 2**63 - 1, -(2**63)]
         value = torch.tensor(odd)[torch.randint(0, len(odd), ids.shape, generator=generator)]
         ids = torch.where(torch.rand(ids.shape, generator=generator) < 0.3, value, ids)
+    if case.ids == "repeated int32":  # some tokens choose their first expert twice
+        some = torch.rand(len(ids), generator=generator) < 0.5
+        ids[some, -1] = ids[some, 0]
     return ids if wide else ids.int()
 
 

@@ -17,8 +17,13 @@ from vllm_mxfp4_sm120.moe import MoEShape, MoEWeights
 MOST_PRODUCTS = 8_000  # times 1024
 
 
-def emulated_native(library: ctypes.CDLL) -> type[Native]:
-    """Native's class, computing with that library. Every kernel has its turn: which one follows from the case."""
+def emulated_native(library: ctypes.CDLL, only: int | None = None) -> type[Native]:
+    """Native's class, computing with that library. Every kernel has its turn: which one follows from the case.
+
+    Or `only` one, by its place in the dispatch table.
+    """
+
+    workspaces: list[Tensor] = []  # the last one the largest: as in the library, all layers share it
 
     class EmulatedNative(Native):
         def __init__(self, shape: MoEShape) -> None:
@@ -37,9 +42,11 @@ def emulated_native(library: ctypes.CDLL) -> type[Native]:
             expert_map: Tensor | None,
         ) -> Tensor:
             able = [config for config, most in enumerate(configs(library).values()) if x.shape[0] <= most]
-            config = able[self.shape.packed_bytes_per_expert // 51 % len(able)]
+            config = able[self.shape.packed_bytes_per_expert // 51 % len(able)] if only is None else only
             topk = None if topk_ids is None or topk_weights is None else (topk_ids, topk_weights)
-            return prepared(x, router_logits, config, expert_map, topk=topk)
+            if not workspaces or workspaces[-1].numel() < prepared.workspace_bytes(x.shape[0]):
+                workspaces.append(prepared.workspace(x.shape[0]))
+            return prepared(x, router_logits, config, expert_map, workspaces[-1], topk)
 
     return EmulatedNative
 

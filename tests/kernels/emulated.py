@@ -116,11 +116,14 @@ class Emulated:
         self.w2 = aligned(tile_experts(weights.w2.clone(), weights.w2_scale.clone(), "w2"))
         self.biases = [None if bias is None else aligned(bias) for bias in (weights.w13_bias, weights.w2_bias)]
 
-    def workspace(self, tokens: int) -> Tensor:
-        """Zeros in what is kept from call to call, and rubbish."""
+    def workspace_bytes(self, tokens: int) -> int:
         shape = self.shape
         sizes = (tokens, shape.hidden_size, shape.intermediate_size, shape.local_experts, shape.top_k)
-        workspace = aligned(torch.full((self.library.moe_workspace_bytes(*sizes),), 0xFF, dtype=torch.uint8))
+        return self.library.moe_workspace_bytes(*sizes)
+
+    def workspace(self, tokens: int) -> Tensor:
+        """Zeros in what is kept from call to call, and rubbish."""
+        workspace = aligned(torch.full((self.workspace_bytes(tokens),), 0xFF, dtype=torch.uint8))
         workspace[: self.library.moe_kept_bytes()] = 0
         return workspace
 
@@ -135,6 +138,8 @@ class Emulated:
     ) -> Tensor:
         """From router logits, or from topk_ids int32 [M, k] and topk_weights float32 [M, k] instead."""
         shape = self.shape
+        if x.shape[0] == 0:  # the op launches nothing then
+            return torch.empty_like(x)
         if workspace is None:
             workspace = self.workspace(x.shape[0])
         x, out = aligned(x), aligned(torch.full_like(x, torch.nan))

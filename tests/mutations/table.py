@@ -9,7 +9,11 @@ from pathlib import Path
 
 README = Path(__file__).with_name("README.md")
 # Modules of this folder with MUTATIONS, all of the files in FOLDER with that SUFFIX, and what the table calls them.
-TABLES = {"backends": "A backend", "checkpoint": "The checkpoint's reader, its checks and its writer"}
+TABLES = {
+    "backends": "A backend",
+    "kernels": "The native kernels, in their emulator",
+    "checkpoint": "The checkpoint's reader, its checks and its writer",
+}
 INTRODUCTION = """# Mutations
 
 Deliberate faults, and what catches each. Every row is put in by the tests beside this file, which fail if it goes

@@ -59,6 +59,7 @@ namespace emu {
 inline int multiprocessors = 4;
 inline bool late_copies = true;
 inline int early_loads = 0;  // of what was still being copied
+inline int fault = -1;       // which of the deliberate ones is on (tests/mutations)
 inline std::mt19937 random{0};
 
 [[noreturn]] inline void fail(const char* what) {

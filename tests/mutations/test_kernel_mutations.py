@@ -1,0 +1,70 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Every deliberate fault in the native kernels is caught by the conformance suite on their emulator."""
+
+from __future__ import annotations
+
+import ctypes
+import os
+import shutil
+from dataclasses import replace
+
+import pytest
+
+from tests.conformance.cases import Case
+from tests.conformance.emulated import emulated_native
+from tests.conformance.suite import TOLERANCE, Subject
+from tests.kernels.emulated import configs as table
+from tests.mutations.kernels import MUTATIONS, build_with_faults, switch_on
+from tests.mutations.table import Mutation
+
+# A few small layers with what is odd: every kind of fault shows in one of them.
+LAYER = Case(5, hidden_blocks=3, intermediate_blocks=4, experts=5, top_k=3, tokens=8, path="routed")
+CASES = [
+    replace(LAYER, local="shuffled", scales="rows", bias="large"),
+    replace(LAYER, ids="repeated int32"),
+    replace(LAYER, ids="out of range int32"),
+    replace(LAYER, routing="equal logits", path="logits"),
+    replace(LAYER, x="large and tiny tokens", path="logits"),
+    replace(LAYER, x="NaN", tokens=7),
+    replace(LAYER, experts=2, top_k=1, tokens=41, scales="rows", bias="none"),
+    replace(LAYER, experts=1, top_k=1, tokens=140, hidden_blocks=10, intermediate_blocks=2),
+]
+# Of the dispatch table: both forms of the decode kernel, tiles of 4 and of 8 warps.
+CONFIGS = {"decode": (0, 1), "grouped": (2, 7), "common": (0, 2)}
+
+pytestmark = [
+    pytest.mark.skipif(shutil.which("g++") is None, reason="needs g++"),
+    pytest.mark.usefixtures("one_thread"),
+]
+
+
+@pytest.fixture(scope="module")
+def library(tmp_path_factory: pytest.TempPathFactory) -> ctypes.CDLL:
+    return build_with_faults(tmp_path_factory.mktemp("faults"))
+
+
+def is_wrong(library: ctypes.CDLL, mutation: Mutation | None, configs: tuple[int, ...]) -> bool:
+    """In a child, for the emulator ends the process where all threads wait for each other."""
+    child = os.fork()
+    if child == 0:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 2)
+        switch_on(library, mutation)
+        for config in configs:
+            # Few blocks, so that each has much to do, three at least; copies as late as they may be.
+            library.emulate(1 if config in CONFIGS["grouped"] else 3, True, 0)
+            backend = emulated_native(library, only=config)
+            subject = Subject("faulty", backend, TOLERANCE["native"])
+            most = [*table(library).values()][config]
+            if any(subject.complaint(case) is not None for case in CASES if case.tokens <= most):
+                os._exit(1)
+        os._exit(0)
+    return os.waitpid(child, 0)[1] != 0
+
+
+@pytest.mark.parametrize("mutation", MUTATIONS, ids=lambda mutation: mutation.name)
+def test_a_fault_is_caught(library: ctypes.CDLL, mutation: Mutation) -> None:
+    assert is_wrong(library, mutation, CONFIGS[mutation.module.split("/")[0]])
+
+
+def test_no_fault_is_no_fault(library: ctypes.CDLL) -> None:
+    assert not is_wrong(library, None, (0, 1, 2, 7))
