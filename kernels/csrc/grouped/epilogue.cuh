@@ -13,6 +13,7 @@ struct Output {
   uint8_t* first;  // in the first slot
   int stride;      // bytes from a slot to the next
   float4 bias;
+  static constexpr float SCALE = GATE_UP ? 1.f : PACKED_SCALE;
 
   __device__ __forceinline__ Output(const Gemm& p, int expert, int slot, int row)
       : stride(GATE_UP ? p.rows : 2 * p.rows), bias{0.f, 0.f, 0.f, 0.f} {
@@ -20,13 +21,13 @@ struct Output {
     if (p.bias == nullptr) return;
     const uint2 v = *reinterpret_cast<const uint2*>(p.bias + static_cast<int64_t>(expert) * p.rows + row);
     const float2 lo = unpack_bf16x2(v.x), hi = unpack_bf16x2(v.y);
-    bias = {lo.x, lo.y, hi.x, hi.y};
+    bias = {lo.x * SCALE, lo.y * SCALE, hi.x * SCALE, hi.y * SCALE};
   }
 
   // Without a branch around what is not to be stored: the compiler overlaps one slot's arithmetic with the next one's.
   __device__ __forceinline__ void store(const Activation& activation, bool exists, int slot, const float (&lo)[4],
                                         const float (&hi)[4], int c) const {
-    constexpr float scale = ACCUMULATOR_SCALE;
+    constexpr float scale = ACCUMULATOR_SCALE * SCALE;
     const float v[4] = {lo[c] * scale + bias.x, lo[2 + c] * scale + bias.y, hi[c] * scale + bias.z,
                         hi[2 + c] * scale + bias.w};
     uint8_t* const at = first + static_cast<int64_t>(slot) * stride;
