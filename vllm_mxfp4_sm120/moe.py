@@ -114,7 +114,9 @@ def topk_softmax(router_logits: Tensor, top_k: int) -> tuple[Tensor, Tensor]:
     the lower id comes first. NaN is larger than any number, as in torch.topk, and makes all gates of its token NaN; so
     do +infinity and a choice of nothing but -infinity, for the softmax subtracts the largest.
     """
-    values, ids = router_logits.float().sort(dim=-1, descending=True, stable=True)
+    logits = router_logits.float()
+    # On GPUs torch sorts a NaN with its sign bit set below all numbers, on CPUs above.
+    values, ids = logits.masked_fill(logits.isnan(), torch.nan).sort(dim=-1, descending=True, stable=True)
     return ids[:, :top_k], values[:, :top_k].softmax(dim=-1)
 
 
