@@ -28,8 +28,8 @@ __device__ __forceinline__ uint32_t pack_fp16x2(float lo, float hi) {
 // that four bits say which step: each FP16's last one. Sixteen steps are 2^-63 .. 2^65: beyond, a number is infinite;
 // below, it keeps 10 bits down to 2^-84. (w2's scales are 2^-84 to 2^49, its sums mostly some hundred times that.)
 //
-// Numbers come times PACKED_SCALE. A step less or more costs nothing, and without it gate-up's epilogue and down's begin
-// with the same arithmetic, which the compiler then has them share: at 80 tokens on sm_120 that spills registers.
+// Numbers come times PACKED_SCALE. A step less or more costs nothing, and without it gate-up's epilogue and down's
+// begin with the same arithmetic, which the compiler then has them share: at 80 tokens on sm_120 that spills registers.
 constexpr float PACKED_SCALE = 1.f / 256;
 constexpr int FIRST_STEP = 7, LAST_STEP = 22;  // of a float's exponent field, by eights: 56 .. 183
 constexpr uint32_t STEP_BITS = 0x00010001u;    // of two FP16s
