@@ -5,12 +5,12 @@ import os
 import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import faulty
 import pytest
 
+from tests.support.processes import processes, wait_until
 from vllm_mxfp4_sm120 import proof
 from vllm_mxfp4_sm120.moe import MoEShape
 from vllm_mxfp4_sm120.proof import child
@@ -52,18 +52,6 @@ def test_the_import_path(tmp_path, monkeypatch):
     assert "/usr/lib" in child.import_path()
 
 
-def processes(mark):
-    """Ids of processes whose environment has this mark."""
-    found = []
-    for entry in Path("/proc").glob("[0-9]*"):
-        try:
-            if mark.encode() in (entry / "environ").read_bytes():
-                found.append(int(entry.name))
-        except OSError:
-            continue
-    return found
-
-
 @pytest.mark.skipif(sys.platform != "linux", reason="looks into /proc")
 @pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM, signal.SIGINT])
 def test_it_ends_with_its_parent(number, tmp_path):
@@ -84,13 +72,6 @@ def test_it_ends_with_its_parent(number, tmp_path):
     finally:
         parent.kill()
         parent.communicate()
-
-
-def wait_until(true, seconds):
-    end = time.monotonic() + seconds
-    while not true():
-        assert time.monotonic() < end
-        time.sleep(0.05)
 
 
 def test_what_cannot_be_started_may_go_away(monkeypatch):

@@ -8,13 +8,13 @@ import socket
 import subprocess
 import sys
 import tempfile
-import time
 from pathlib import Path
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from tests.support.processes import processes, wait_until
 from vllm_mxfp4_sm120.cli import serve
 from vllm_mxfp4_sm120.cli.__main__ import main
 from vllm_mxfp4_sm120.cli.server import Address, free_port
@@ -154,24 +154,6 @@ def test_a_refused_completion_keeps_the_log(tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(Address, "parse", classmethod(lambda cls, arguments: cls()))
     assert main(["serve", "model", "--once", "--", "--served-model-name", "x"]) == 1
     assert "/v1/completions answered 404 Not Found" in capsys.readouterr().err and len(logs(tmp_path)) == 1
-
-
-def processes(mark):
-    found = []
-    for entry in Path("/proc").glob("[0-9]*"):
-        try:
-            if mark.encode() in (entry / "environ").read_bytes():
-                found.append(int(entry.name))
-        except OSError:
-            continue
-    return found
-
-
-def wait_until(true, seconds):
-    end = time.monotonic() + seconds
-    while not true():
-        assert time.monotonic() < end
-        time.sleep(0.05)
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="looks into /proc")
