@@ -25,7 +25,7 @@ PROOF, SUITE = "proof", "conformance"
 ACTIVATE = "gate, up = gate_up[..., ::2], gate_up[..., 1::2]"
 EXPERT = "codes, scales = codes[expert], scales[expert]"
 PAIRS = "torch.zeros(topk_ids.numel(), x.shape[1], dtype=torch.float32, device=x.device)"
-SORTED = "values, ids = router_logits.float().sort(dim=-1, descending=True, stable=True)"
+SORTED = "values, ids = logits.masked_fill(logits.isnan(), torch.nan).sort(dim=-1, descending=True, stable=True)"
 CHOSEN = "values[:, :top_k].softmax(dim=-1)"
 ON_CPU = "x = x.to(x.dtype if x.is_cuda else torch.float32)"
 GATE, UP = "gate.clamp(max=SWIGLU_LIMIT)", "up.clamp(-SWIGLU_LIMIT, SWIGLU_LIMIT)"
@@ -125,17 +125,21 @@ MUTATIONS = (
         ".sum(1).add(x.sum() * 0).to(x.dtype)",
         SUITE,
     ),
-    Mutation(
-        "a NaN logit is never chosen", "moe", SORTED, SORTED.replace("float()", "float().nan_to_num(-1e30)"), SUITE
-    ),
+    Mutation("a NaN logit is never chosen", "moe", SORTED, SORTED.replace("torch.nan", "-1e30"), SUITE),
     Mutation(
         "equal logits to the higher id",
         "moe",
         SORTED,
-        SORTED.replace("float()", "float().flip(-1)") + "\n    ids = router_logits.shape[1] - 1 - ids",
+        SORTED.replace("torch.nan)", "torch.nan).flip(-1)") + "\n    ids = router_logits.shape[1] - 1 - ids",
         SUITE,
     ),
-    Mutation("logits in BF16", "moe", SORTED, SORTED.replace("float()", "bfloat16().float()"), SUITE),
+    Mutation(
+        "logits in BF16",
+        "moe",
+        SORTED,
+        SORTED.replace("logits.masked_fill", "logits.bfloat16().float().masked_fill"),
+        SUITE,
+    ),
     Mutation("large inputs saturate", "backends.tiled", ON_CPU, "x = x.float().clamp(-448, 448)", SUITE),
     Mutation("tiny inputs flushed", "backends.tiled", ON_CPU, "x = x.float() * (x.abs() > 2**-14)", SUITE),
 )
