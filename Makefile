@@ -2,13 +2,13 @@
 # make test  [ARGS="further arguments of pytest"]
 PYTHON ?= python3
 VENV := .venv
-TINY := .tiny/gpt-oss-tiny
-MODEL ?= $(TINY)
+SMALL := models/gpt-oss-small/checkpoint
+MODEL ?= $(SMALL)
 READY := $(VENV)/.ready
 
 .PHONY: serve test
-serve: $(READY) $(if $(filter $(TINY),$(MODEL)),$(TINY)/config.json)
-	@$(VENV)/bin/mxfp4-sm120 serve $(MODEL) -- $(if $(filter $(TINY),$(MODEL)),--config configs/serve/tiny.yaml,--quantization mxfp4_sm120) $(ARGS)
+serve: $(READY)
+	@$(VENV)/bin/mxfp4-sm120 serve $(MODEL) -- $(if $(filter $(SMALL),$(MODEL)),--config configs/serve/gpt-oss-small.yaml,--quantization mxfp4_sm120) $(ARGS)
 
 test: $(READY)
 	@echo "==> ruff, clang-format, mypy, pytest"
@@ -22,8 +22,3 @@ test: $(READY)
 $(READY): setup.py pyproject.toml kernels/setup.py scripts/build_backend.py scripts/environment.py
 	@$(PYTHON) scripts/environment.py $(VENV)
 	@touch $@
-
-$(TINY)/config.json: $(READY) configs/tiny/config.json vllm_mxfp4_sm120/cli/make_tiny.py
-	@echo "==> making the tiny checkpoint $(TINY)"
-	@rm -rf $(TINY)
-	@$(VENV)/bin/mxfp4-sm120 make-tiny $(TINY)

@@ -15,7 +15,8 @@ from vllm_mxfp4_sm120.cli.server import HOST, Server, first_error, free_port
 
 __all__ = ["HOST", "Server", "first_error", "free_port"]
 
-PROMPT = "A mixture of experts holds"
+# Whoever reads English can tell whether what follows makes sense; the small model of models/ learned this book.
+PROMPT = "It is a truth universally acknowledged, that"
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
