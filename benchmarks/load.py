@@ -50,21 +50,23 @@ class Answer:
 
 @dataclass
 class Outcome:
-    """What a load came to. `worst` is the largest difference of a log-probability; memory in bytes."""
+    """What a load came to. `worst` is the largest difference of a log-probability.
+
+    `memory` are the resident bytes of all processes after each fifth of the requests; the first is warm-up.
+    """
 
     finished: int = 0
     given_up: int = 0
     other_tokens: int = 0
     worst: float = 0.0
     seconds: float = 0.0
-    memory_before: int = 0
-    memory_after: int = 0
+    memory: tuple[int, ...] = ()
 
     def __str__(self) -> str:
         return (
             f"{self.finished} finished, {self.given_up} given up in {self.seconds:.0f} s; {self.other_tokens} with "
             f"other tokens than alone, log-probabilities off by at most {self.worst:.2g}; memory of all processes "
-            f"{self.memory_before / 2**20:.0f} MiB after warm-up, {self.memory_after / 2**20:.0f} MiB at the end"
+            f"after each fifth: {', '.join(f'{sample / 2**20:.0f}' for sample in self.memory)} MiB"
         )
 
 
@@ -107,12 +109,11 @@ def load(server: Server, alone: dict[Task, Answer], requests: int, clients: int,
         return give_up(server, step[0]) if step[1] else ask(server, step[0])
 
     start = time.monotonic()
-    warm = requests // 5
+    answers: list[Answer | None] = []
     with ThreadPoolExecutor(clients) as pool:
-        answers = list(pool.map(one, plan[:warm]))
-        outcome.memory_before = memory(server)
-        answers += pool.map(one, plan[warm:])
-    outcome.memory_after = memory(server)
+        for fifth in range(5):
+            answers += pool.map(one, plan[fifth * requests // 5 : (fifth + 1) * requests // 5])
+            outcome.memory += (memory(server),)
     outcome.seconds = time.monotonic() - start
     for (task, left), answer in zip(plan, answers, strict=True):
         if left or answer is None:

@@ -102,6 +102,30 @@ class MoEWeights:
         """Codes and scales by what a checkpoint calls them, for messages."""
         return {"gate_up_proj": (self.w13, self.w13_scale), "down_proj": (self.w2, self.w2_scale)}
 
+    def scale_outside(self, low: int = 0, high: int = mxfp4.NAN_SCALE - 1) -> str | None:
+        """The first block whose scale isn't `low` to `high`, as "down_proj_scales[3, 5, 1] is 42"; None if all are.
+
+        A block of zeros may have any scale but NaN. Reads each tensor of scales once and waits for the device once,
+        unless a scale lies outside. Raises ValueError for a scale of 255, NaN.
+        """
+        named = self.by_checkpoint_name()
+        if not all(scales.numel() for _, scales in named.values()):
+            return None
+        extremes = torch.stack([extreme for _, scales in named.values() for extreme in scales.aminmax()]).tolist()
+        if low <= min(extremes) and max(extremes) <= high:
+            return None
+        if mxfp4.NAN_SCALE in extremes:
+            low, high = 0, mxfp4.NAN_SCALE - 1
+        for name, (codes, scales) in named.items():
+            if (block := mxfp4.first_outside(codes, scales, low, high)) is not None:
+                where, code = f"{name}_scales{list(block)}", int(scales[block])
+                if code == mxfp4.NAN_SCALE:
+                    raise ValueError(
+                        f"{where} is 255 (NaN), expected 0 to 254; the checkpoint is damaged, fetch it again"
+                    )
+                return f"{where} is {code}"
+        return None
+
     def clone(self) -> MoEWeights:
         """A copy, for `prepare` consumes its weights."""
         return replace(self, **{name: tensor.clone() for name, tensor in vars(self).items() if tensor is not None})

@@ -93,7 +93,7 @@ AS_IT_LOADS = [
     Row(
         "bin, a scale of 255",
         as_bin(with_value(f"{EXPERTS}.down_proj_scales", 255)),
-        f"{EXPERTS}.down_proj_scales: 1 of 576 scales are 255 (NaN)",
+        f"{EXPERTS}.down_proj_scales[1, 48, 0] is 255 (NaN)",
         engine=OURS,
     ),
     *(

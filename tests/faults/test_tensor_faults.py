@@ -183,19 +183,33 @@ VALUES = [
     Row("blocks in three dimensions", edited_all("_blocks", lambda t: t.flatten(-2)), SERVED),
     Row("int32 scales", edited_all("_scales", lambda t: t.int()), "is I32 [3, "),
     Row("float scales", edited_all("_scales", lambda t: t.bfloat16()), "is BF16 [3, "),
-    Row("a scale of 255", with_value(f"{EXPERTS}.down_proj_scales", 255), "1 of 576 scales are 255 (NaN)"),
+    Row(
+        "F32 bias beyond BF16",
+        both(edited_all("_bias", lambda t: t.float()), with_value(f"{EXPERTS}.down_proj_bias", 3.4e38)),
+        "BF16's range) in model.layers.1.mlp.experts.down_proj_bias",
+    ),
+]
+
+# Scales that are none: seen where a layer has them all
+SCALES = [
+    Row(
+        "a scale of 255", with_value(f"{EXPERTS}.down_proj_scales", 255), f"{EXPERTS}.down_proj_scales[1, 48, 0] is 255"
+    ),
     Row(
         "float8_e8m0fnu scale of 255",
         both(
             with_value(f"{EXPERTS}.down_proj_scales", 255),
             edited_all("_scales", lambda t: t.view(torch.float8_e8m0fnu)),
         ),
-        "1 of 576 scales are 255 (NaN)",
+        f"{EXPERTS}.down_proj_scales[1, 48, 0] is 255 (NaN)",
     ),
     Row(
-        "F32 bias beyond BF16",
-        both(edited_all("_bias", lambda t: t.float()), with_value(f"{EXPERTS}.down_proj_bias", 3.4e38)),
-        "BF16's range) in model.layers.1.mlp.experts.down_proj_bias",
+        "a scale of 255 over zeros",
+        both(
+            with_value(f"{EXPERTS}.down_proj_scales", 255),
+            edited(f"{EXPERTS}.down_proj_blocks", torch.zeros_like),
+        ),
+        f"{EXPERTS}.down_proj_scales[1, 48, 0] is 255 (NaN)",
     ),
 ]
 
@@ -217,7 +231,7 @@ NOT_FINITE = [
 ]
 
 
-@parametrize(TENSORS + NAMES + VALUES)
+@parametrize(TENSORS + NAMES + VALUES + SCALES)
 def test_a_folder(row: Row, copy: Path, sound: Path) -> None:
     """Refused from the headers, or as its experts are read; or read as the sound one's experts."""
     row.damage(copy)

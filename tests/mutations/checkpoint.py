@@ -54,14 +54,7 @@ MUTATIONS = (
         READ_BACK,
     ),
     Mutation("w13 written as w2", "read", '"gate_up_proj": (weights.w13,', '"gate_up_proj": (weights.w2,', LAYOUT),
-    Mutation("NaN scales pass", "tensors", "== mxfp4.NAN_SCALE:", "== 256:", f"{FOLDER}[a-scale-of-255]"),
-    Mutation(
-        "NaN scales pass as they load",
-        "tensors",
-        'if name.endswith("_scales"):',
-        "if False:",
-        f"{OTHER}[a-scale-of-255]",
-    ),
+    Mutation("NaN scales pass", "read", "weights.scale_outside()", "pass", f"{FOLDER}[a-scale-of-255]"),
     Mutation("shapes pass", "tensors", "found.shape in shapes", "True", f"{FOLDER}[scales-of-half-of-the-rows]"),
     Mutation(
         "shapes pass as they load",

@@ -47,31 +47,18 @@ class Backend(ABC):
     def why_not_weights(cls, weights: MoEWeights) -> str | None:
         """One line that names the first block whose scale this backend can't represent; None if there is none.
 
-        Reads each tensor of scales once and waits for the device once, unless a scale lies outside `scale_range`.
-        Raises ValueError for a scale of 255, NaN, which no backend takes.
+        The one look that is taken at scales, before `prepare`. Raises ValueError for a scale of 255, NaN, which no
+        backend takes.
         """
         low, high = cls.scale_range
-        named = weights.by_checkpoint_name()
-        if not all(scales.numel() for _, scales in named.values()):
-            return None
-        extremes = torch.stack([extreme for _, scales in named.values() for extreme in scales.aminmax()]).tolist()
-        if low <= min(extremes) and max(extremes) <= high:
-            return None
-        if mxfp4.NAN_SCALE in extremes:
-            low, high = 0, mxfp4.NAN_SCALE - 1
-        for name, (codes, scales) in named.items():
-            if (block := mxfp4.first_outside(codes, scales, low, high)) is not None:
-                where, code = f"{name}_scales{list(block)}", int(scales[block])
-                if code == mxfp4.NAN_SCALE:
-                    raise ValueError(f"{where} is 255 (NaN), expected 0 to 254; the checkpoint is damaged")
-                return f"{where} is {code}, the {cls.name} backend takes {low} to {high}"
-        return None
+        outside = weights.scale_outside(low, high)
+        return None if outside is None else f"{outside}, the {cls.name} backend takes {low} to {high}"
 
     @abstractmethod
     def prepare(self, weights: MoEWeights) -> dict[str, Tensor]:
         """Rearrange the checkpoint's layout into this backend's own, once, at load. Consumes `weights`:
 
-        tensors may be reused in place. Raises ValueError for values that this backend can't represent.
+        tensors may be reused in place. Their scales are such as `why_not_weights` takes.
         """
 
     @abstractmethod

@@ -111,8 +111,6 @@ class Triton(Backend):
         tile's load is contiguous, [E, K/32, N]. In place, an expert at a time. Where scales above MAX_SCALE were
         lowered, w13_factor and w2_factor float32 [E] say by what.
         """
-        if (reason := self.why_not_weights(weights)) is not None:
-            raise ValueError(reason)
         prepared = {name: tensor for name, tensor in vars(weights).items() if tensor is not None}
         for name in ("w13", "w2"):
             factor = _lower(prepared[name], prepared[f"{name}_scale"])

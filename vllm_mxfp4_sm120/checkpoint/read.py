@@ -19,7 +19,6 @@ from vllm_mxfp4_sm120.checkpoint.tensors import (
     TensorInfo,
     as_published,
     check_complete,
-    check_scales,
     differs,
     expert_prefix,
     expert_tensors,
@@ -74,11 +73,13 @@ class Checkpoint:
         finite, expected = FiniteCheck(), expert_tensors(self.sizes, layer)
         for name, target in experts_by_name(weights, layer).items():
             tensor = as_published(self.read(name), expected[name])
-            if name.endswith("_scales"):
-                check_scales(name, tensor)
             finite.add(name, tensor)
             target.copy_(tensor.view(target.shape))
         finite.finish()
+        try:
+            weights.scale_outside()
+        except ValueError as error:
+            raise ValueError(f"{expert_prefix(layer, '')}{error}") from None
         return weights
 
     def read(self, name: str) -> Tensor:

@@ -158,19 +158,6 @@ def as_published(tensor: Tensor, expected: TensorInfo) -> Tensor:
 # Values
 
 
-def check_scales(name: str, scales: Tensor) -> None:
-    """Raises ValueError if any of the scales uint8 [...] is 255, NaN: one bad byte would spread to every token.
-
-    Once, at load: it waits for the device.
-    """
-    if scales.numel() and int(scales.max()) == mxfp4.NAN_SCALE:
-        where = (scales == mxfp4.NAN_SCALE).nonzero()
-        raise ValueError(
-            f"{name}: {len(where)} of {scales.numel()} scales are 255 (NaN), first at {where[0].tolist()}, "
-            "expected 0 to 254; the checkpoint is damaged, fetch it again"
-        )
-
-
 @dataclass
 class FiniteCheck:
     """Looks for NaN and Inf in many tensors, and waits for their device only once.
@@ -236,8 +223,9 @@ def checked(
     Tensors that the model doesn't need are left out; embed_tokens' numbers come as lm_head, too, where that is tied and
     absent. One logged line each says that other names were taken, and that floats were rounded to BF16.
 
-    Raises ValueError, naming the tensor: at once for a wrong dtype or shape, scales that are NaN, or a second time;
-    after the last tensor for NaN or Inf, and with `whole` for what is missing.
+    Raises ValueError, naming the tensor: at once for a wrong dtype or shape, or a second time; after the last tensor
+    for NaN or Inf, and with `whole` for what is missing. Scales are looked at when a layer has them all
+    (`MoEWeights.scale_outside`).
     """
     required = required_tensors(config, str(source))
     known = {LM_HEAD: required[EMBEDDING], **required}
@@ -257,8 +245,6 @@ def checked(
                 raise ValueError(f"{source}: {name} comes twice, as {plain(seen[name])} and as {plain(spelling)}")
             check_tensor(name, replace(info, spelling=None if spelling == name else spelling), known, source)
             part = as_published(tensor[slice(*info.rows)] if info.rows else tensor, known[name])
-            if name.endswith("_scales"):
-                check_scales(name, part)
             finite.add(name, part)
             seen[name] = spelling
             if info.dtype in ("F16", "F32"):

@@ -68,24 +68,8 @@ def decode_words(words: Tensor) -> Tensor:
     return codes
 
 
-def check_scales(codes: Tensor, scales: Tensor, name: str) -> None:
-    """codes uint8 [E, rows, K/2], scales uint8 [E, rows, K/32].
-
-    Raises ValueError for the first block whose scale the kernels can't multiply with. A block of zeros may have any.
-    """
-    outside = (scales < MIN_SCALE) | (scales > MAX_SCALE)
-    for expert in outside.any(-1).any(-1).nonzero()[:, 0].tolist():
-        values = (codes[expert] & 0x77).unflatten(-1, (-1, 16)).any(-1)
-        for row, block in (outside[expert] & values).nonzero()[:1].tolist():
-            raise ValueError(
-                f"{name}: expert {expert}, row {row}, block {block} has scale code {int(scales[expert, row, block])}; "
-                f"the native kernels take {MIN_SCALE}..{MAX_SCALE} (2^{MIN_SCALE - 127}..2^{MAX_SCALE - 127}); "
-                "choose another backend for this checkpoint"
-            )
-
-
 def tile_matrix(codes: Tensor, scales: Tensor) -> Tensor:
-    """One matrix: codes uint8 [rows, K/2] and scales uint8 [rows, K/32], checked -> new uint8 [rows/32, K/32, 544]."""
+    """One matrix: codes uint8 [rows, K/2] and scales uint8 [rows, K/32] -> new uint8 [rows/32, K/32, 544]."""
     rows, blocks = scales.shape
     words = encode_words(codes.view(torch.int32))
     # [R, g, r, C, q] -> [R, C, g, q, r]
@@ -111,13 +95,12 @@ def tile_experts(codes: Tensor, scales: Tensor, name: str) -> Tensor:
     """codes uint8 [E, rows, K/2] and scales uint8 [E, rows, K/32] -> uint8 [E, rows/32, K/32, 544].
 
     In place, one expert at a time, where each expert's scales follow its codes in one run of bytes
-    (`MoEWeights.empty`); the inputs are then gone. Into a new tensor otherwise. Raises ValueError before anything is
-    written.
+    (`MoEWeights.empty`); the inputs are then gone. Into a new tensor otherwise. Scales outside MIN_SCALE to MAX_SCALE
+    are taken for those of all-zero blocks (`Native.why_not_weights`). Raises ValueError for other sizes.
     """
     experts, rows, blocks = scales.shape
     if rows % TILE or codes.shape[2] % 16:
         raise ValueError(f"{name}: rows and K must be multiples of {TILE}, not {rows} and {codes.shape[2] * 2}")
-    check_scales(codes, scales, name)
     shape = (experts, rows // TILE, blocks, TILE_BYTES)
     tiles = _run_of_bytes(codes, scales)
     tiles = torch.empty(shape, dtype=torch.uint8, device=codes.device) if tiles is None else tiles.view(shape)
