@@ -99,20 +99,41 @@ def quantize(values: Tensor) -> tuple[Tensor, Tensor]:
         raise ValueError(f"quantize: the last dimension is {values.shape[-1]}, expected a multiple of {BLOCK}")
     if not bool(values.isfinite().all()):
         raise ValueError("quantize: values must be finite, found infinity or NaN; MXFP4 codes can hold neither")
-    blocks = values.double().unflatten(-1, (-1, BLOCK))  # double: every float32 over every scale is exact
-    largest = blocks.abs().amax(-1)
+    scales = block_scales(values)
+    return encode(values, scales), scales
+
+
+def block_scales(values: Tensor) -> Tensor:
+    """Finite values [..., K] -> the scale uint8 [..., K/32] that the OCP MX rule gives each block; 0 for zeros."""
+    largest = values.unflatten(-1, (-1, BLOCK)).abs().amax(-1)
+    largest = largest if largest.dtype == torch.float64 else largest.float()
     # frexp gives mantissas in [0.5, 1), so floor(log2) is its exponent less one. Zeros take the smallest scale.
     exponent = torch.frexp(largest).exponent - 1 - E2M1_MAX_EXPONENT
     exponent = torch.where(largest > 0, exponent, -SCALE_BIAS).clamp(-SCALE_BIAS, SCALE_BIAS)
-    scaled = torch.ldexp(blocks, -exponent[..., None])
-    return pack(_round_to_e2m1(scaled).flatten(-2)), (exponent + SCALE_BIAS).to(torch.uint8)
+    return (exponent + SCALE_BIAS).to(torch.uint8)
+
+
+def encode(values: Tensor, scales: Tensor) -> Tensor:
+    """Finite values [..., K] over given scales uint8 [..., K/32] below 255 -> packed codes uint8 [..., K/2].
+
+    Each value over its scale is rounded to the nearest E2M1, ties to the even code, and saturates at 6.
+    """
+    # Up to 32 bits, float32 is exact: a power of two moves the exponent only, and what underflows is far below 0.25,
+    # where codes begin.
+    blocks = values if values.dtype == torch.float64 else values.float()
+    inverse = scale_values(2 * SCALE_BIAS - scales, blocks.dtype)
+    scaled = blocks.unflatten(-1, (-1, BLOCK)) * inverse[..., None]
+    return pack(_round_to_e2m1(scaled).flatten(-2))
 
 
 def _round_to_e2m1(values: Tensor) -> Tensor:
-    """Float values -> codes uint8 of the nearest E2M1 values, ties to the even code, saturating."""
-    magnitude = values.abs()
-    code = torch.zeros_like(values, dtype=torch.uint8)
-    for lower in range(7):  # step from code `lower` to `lower + 1` where the value lies past their midpoint
-        midpoint = (E2M1_VALUES[lower] + E2M1_VALUES[lower + 1]) / 2
-        code += magnitude >= midpoint if lower % 2 else magnitude > midpoint
-    return code | (values.signbit().to(torch.uint8) << 3)
+    """Float values -> codes uint8 of the nearest E2M1 values, ties to the even code, saturating.
+
+    E2M1 steps by 0.5 up to 2, by 1 up to 4, by 2 up to 6; `round` takes a tie to the even number, which is the even
+    code in each of the three. Of the three codes the least is right: the others' steps are too fine or start too high.
+    """
+    magnitude = values.abs().clamp_(max=6.0)
+    code = (magnitude * 2).round_()
+    torch.minimum(code, magnitude.round().add_(2), out=code)
+    torch.minimum(code, magnitude.div_(2).round_().add_(4), out=code)
+    return code.to(torch.uint8) | (values.signbit().to(torch.uint8) << 3)

@@ -49,10 +49,16 @@ def canonical_name(name: str) -> str | None:
 
     `self_attn.qkv_proj` (rows of q, then k, then v) comes back as such: `split_fused` makes three of it.
     """
+    name = respelled(name)
+    return name if _PUBLISHED.fullmatch(name) else None
+
+
+def respelled(name: str) -> str:
+    """The name without wrappers and with each part as it is published; what GPT-OSS doesn't have stays as it is."""
     name = ".".join(part for part in name.split(".") if part not in WRAPPERS)
     for pattern, published in SPELLINGS:
         name = pattern.sub(published, name)
-    return name if _PUBLISHED.fullmatch(name) else None
+    return name
 
 
 def layer_of(name: str) -> int | None:

@@ -1,0 +1,90 @@
+# SPDX-License-Identifier: Apache-2.0
+"""`mxfp4-sm120 pack SRC DST`: a BF16 GPT-OSS, such as a fine-tune, with its experts packed to MXFP4."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from collections.abc import Iterator
+from dataclasses import asdict
+from pathlib import Path
+
+import torch
+
+from vllm_mxfp4_sm120.cli.progress import progress
+
+EXAMPLES = """examples:
+  mxfp4-sm120 pack ./my-finetune ./my-finetune-mxfp4
+  mxfp4-sm120 pack ./gpt-oss-20b ./merged --adapter ./my-lora --search
+
+The result is served by vLLM, with this plugin or without, and read by transformers. What ends the run leaves
+DST.partial; the same command goes on from there.
+"""
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.formatter_class = argparse.RawDescriptionHelpFormatter
+    parser.epilog = EXAMPLES
+    parser.add_argument("source", type=Path, metavar="SRC", help="the folder of the BF16 model, as it was saved")
+    parser.add_argument("target", type=Path, metavar="DST", help="the folder to write; must not exist yet")
+    parser.add_argument("--adapter", type=Path, metavar="DIR", help="a LoRA as PEFT saves it, to be merged")
+    parser.add_argument(
+        "--search", action="store_true", help="of neighbouring scales take the one with the least squared error"
+    )
+    add_common(parser)
+
+
+def add_common(parser: argparse.ArgumentParser) -> None:
+    """What `unpack` has, too."""
+    parser.add_argument("--device", help="that computes (default: the GPU, if there is one)")
+    parser.add_argument("--shard-gb", type=float, default=1.0, metavar="GB", help="size of a file (default 1)")
+    parser.add_argument("--json", action="store_true", help="print the report as JSON")
+
+
+def run(args: argparse.Namespace) -> int:
+    """Returns 0, or 130 after Ctrl-C."""
+    from vllm_mxfp4_sm120.packing import Options, Stopped, pack
+
+    options = Options(args.search, args.adapter, device=device(args), shard_bytes=shard_bytes(args))
+    try:
+        with progress("packing", quiet=args.json) as show:
+            report = pack(args.source, args.target, options, show)
+    except Stopped as stopped:
+        print(f"mxfp4-sm120 pack: {stopped}", file=sys.stderr)
+        return 130
+    if args.json:
+        print(json.dumps(asdict(report), indent=2))
+    else:
+        print("\n".join(lines(asdict(report)["projections"])))
+        for name in report.left_out:
+            print(f"left out: {name}, which GPT-OSS has no place for")
+        print(f"wrote {report.directory}")
+    return 0
+
+
+def device(args: argparse.Namespace) -> torch.device:
+    """The torch.device that --device names. Raises ValueError."""
+    if args.device is None:
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        torch.empty(0, device=args.device)
+    except (RuntimeError, AssertionError) as error:
+        raise ValueError(f"--device {args.device}: {str(error).splitlines()[0]}") from error
+    return torch.device(args.device)
+
+
+def shard_bytes(args: argparse.Namespace) -> int:
+    """Raises ValueError."""
+    if not 0 < args.shard_gb <= 1000:
+        raise ValueError(f"--shard-gb is {args.shard_gb}, expected more than 0 and at most 1000")
+    return int(args.shard_gb * 2**30)
+
+
+def lines(projections: list[dict]) -> Iterator[str]:
+    """The table of errors."""
+    yield f"{'layer':>5}  {'projection':12}  {'relative RMS':>12}  {'SQNR':>8}"
+    for each in projections:
+        rms, decibels = each["relative_rms"], each["sqnr_db"]
+        error = "packed already" if rms is None else f"{rms:12.4f}" if rms else "       exact"
+        yield f"{each['layer']:5}  {each['projection']:12}  {error}" + (f"  {decibels:5.1f} dB" if decibels else "")
