@@ -3,6 +3,8 @@
 
 from pathlib import Path
 
+# What vLLM calls the quantization method, and its tables this plugin.
+NAME = "mxfp4_sm120"
 __version__ = "0.2.0"
 
 

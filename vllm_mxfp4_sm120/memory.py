@@ -3,7 +3,6 @@
 
 from __future__ import annotations
 
-import logging
 import os
 import re
 from collections.abc import Iterator
@@ -11,11 +10,10 @@ from contextlib import contextmanager
 
 import torch
 
-from vllm_mxfp4_sm120 import envs
+from vllm_mxfp4_sm120 import settings
+from vllm_mxfp4_sm120.log import logger
 from vllm_mxfp4_sm120.moe import MoEShape
 from vllm_mxfp4_sm120.platform import Machine
-
-logger = logging.getLogger("vllm.mxfp4_sm120")
 
 GB10 = (12, 1)
 
@@ -42,11 +40,11 @@ def why_no_upcast(machine: Machine, shape: MoEShape) -> str | None:
 
     Those cards have kernels for packed weights, and too little memory for others: 120b's experts are 229 GB in BF16.
     """
-    if machine.capability is None or machine.capability < (12, 0) or envs.FORCE_UPCAST.get():
+    if machine.capability is None or machine.capability < (12, 0) or settings.FORCE_UPCAST.get():
         return None
     return (
         f"a full upcast takes {upcast_bytes(shape):,} bytes for every layer (packed: {packed_bytes(shape):,}) and "
-        f"{free_bytes():,} are free: refused on SM120 and newer; {envs.FORCE_UPCAST.name}=1 allows it"
+        f"{free_bytes():,} are free: refused on SM120 and newer; {settings.FORCE_UPCAST.name}=1 allows it"
     )
 
 

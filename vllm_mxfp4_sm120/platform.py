@@ -9,8 +9,6 @@ from pathlib import Path
 
 import torch
 
-from vllm_mxfp4_sm120 import envs
-
 # The first CUDA that compiles for each capability (CUDA release notes): an older one has no code for the card.
 FIRST_CUDA = {
     (8, 0): (11, 0),
@@ -70,20 +68,23 @@ class Machine:
         return None
 
     @classmethod
-    def here(cls, device: int | None = None) -> Machine:
+    def here(cls, first_gpu: int = 0) -> Machine:
         """This machine, seen through torch. That initialises CUDA: a process that will fork asks NVML instead.
 
-        `device` None is the process's current GPU or, before it has one, `MXFP4_SM120_BASE_GPU_ID`.
-        Raises ValueError for a GPU that isn't there.
+        Its GPU is `current_gpu(first_gpu)`. Raises ValueError for one that isn't there.
         """
         cuda = parse_cuda(torch.version.cuda)
         if not torch.cuda.is_available() or torch.version.hip is not None:
             return cls(None, cuda)
-        if device is None:
-            device = torch.cuda.current_device() if torch.cuda.is_initialized() else envs.BASE_GPU_ID.get()
-        if device >= (count := torch.cuda.device_count()):
-            raise ValueError(f"{envs.BASE_GPU_ID.name}={device} isn't there: this process sees GPUs 0 to {count - 1}")
+        device, count = current_gpu(first_gpu), torch.cuda.device_count()
+        if device >= count:
+            raise ValueError(f"GPU {device} isn't there: this process sees GPUs 0 to {count - 1}")
         return cls(torch.cuda.get_device_capability(device), cuda, torch.cuda.get_device_name(device))
+
+
+def current_gpu(first: int = 0) -> int:
+    """Index of the process's current GPU, or before it has one, `first`."""
+    return torch.cuda.current_device() if torch.cuda.is_initialized() else first
 
 
 def is_sm120_supported(machine: Machine | None = None) -> bool:

@@ -3,17 +3,14 @@
 
 from __future__ import annotations
 
-import logging
 import multiprocessing
 
 import torch
 from packaging.version import InvalidVersion, Version
 
-from vllm_mxfp4_sm120 import __version__, envs
+from vllm_mxfp4_sm120 import NAME, __version__, settings
+from vllm_mxfp4_sm120.log import logger
 
-logger = logging.getLogger("vllm.mxfp4_sm120")
-
-NAME = "mxfp4_sm120"
 OLDEST, TOO_NEW = Version("0.32"), Version("0.34")
 
 
@@ -40,9 +37,9 @@ def why_unsupported(vllm_version: str) -> str | None:
         supported = OLDEST <= Version(Version(vllm_version).base_version) < TOO_NEW
     except InvalidVersion:
         supported = False
-    if supported or envs.ANY_VLLM.get():
+    if supported or settings.ANY_VLLM.get():
         return None
-    return f"it was written for vLLM >= {OLDEST}, < {TOO_NEW}; {envs.ANY_VLLM.name}=1 tries any other"
+    return f"it was written for vLLM >= {OLDEST}, < {TOO_NEW}; {settings.ANY_VLLM.name}=1 tries any other"
 
 
 def _vllm_version() -> str:
@@ -61,7 +58,7 @@ def _register() -> str | None:
     except Exception as error:
         return _one_line(error)
     try:
-        envs.check()
+        settings.check()
     except ValueError as error:
         if _first_process():  # an error for our models, in config.py
             logger.warning("mxfp4_sm120: %s", error)

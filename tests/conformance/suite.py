@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The conformance suite: what a backend must get right before it may be listed in `selector.MODULES`.
+"""The conformance suite: what a backend must get right before it may be listed in `backends/registry.py`.
 
     python -m tests.conformance.suite tiled --cases 1000 --seed 7 [--device cuda]
 
@@ -20,8 +20,7 @@ import torch
 
 from tests.conformance.cases import Case, Tensors, from_json, simpler
 from tests.conformance.judge import Expected, complaint
-from vllm_mxfp4_sm120 import selector
-from vllm_mxfp4_sm120.backends import triton
+from vllm_mxfp4_sm120.backends import registry, triton
 from vllm_mxfp4_sm120.backends.base import Backend
 from vllm_mxfp4_sm120.backends.triton import Triton
 from vllm_mxfp4_sm120.moe import MoEWeights
@@ -77,7 +76,7 @@ class Subject:
     @classmethod
     def named(cls, name: str, device: str = "cpu") -> Subject:
         """A backend of this package, by its name."""
-        backend = selector.load(name)
+        backend = registry.load(name)
         if backend is Triton and triton.INTERPRETED:
             return cls(name, backend, INTERPRETED_TOLERANCE, device, _small)
         return cls(name, backend, TOLERANCE.get(name, backend.tolerance), device)
@@ -172,7 +171,7 @@ def draw(seed: int, count: int, shapes: int | None = None) -> Iterable[Case]:
 
 def main(arguments: list[str]) -> int:
     parser = argparse.ArgumentParser(prog="python -m tests.conformance.suite")
-    parser.add_argument("backend", choices=(*selector.MODULES, EMULATED))
+    parser.add_argument("backend", choices=(*registry.NAMES, EMULATED))
     parser.add_argument("--cases", type=int, default=500)
     parser.add_argument("--shapes", type=int, help="draw no more than so many layers")
     parser.add_argument("--seed", type=int, default=0)

@@ -18,7 +18,6 @@ import torch
 from vllm_mxfp4_sm120 import config_path, selector
 from vllm_mxfp4_sm120.checkpoint import Sizes
 from vllm_mxfp4_sm120.cli.serve import Server
-from vllm_mxfp4_sm120.platform import Machine
 
 PROMPT_LENGTHS = (1, 2, 5, 9, 16, 31, 47, 70)  # the tiny model's sliding window is 32
 MAX_TOKENS = 32
@@ -94,7 +93,7 @@ def prompts(tiny_config: dict) -> list[list[int]]:
 @pytest.fixture(scope="session")
 def choice(tiny_config: dict) -> selector.Choice:
     """The backend that must answer on this machine: tiled, where there is no GPU."""
-    return selector.select(Machine.here(), Sizes.from_config(tiny_config).layer)
+    return selector.select(selector.this_machine(), Sizes.from_config(tiny_config).layer)
 
 
 @pytest.fixture(scope="session")

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from vllm_mxfp4_sm120 import plugin
+from vllm_mxfp4_sm120 import NAME, plugin
 
 
 @pytest.fixture
@@ -41,7 +41,7 @@ def quantization(model: Path, **arguments: Any) -> str:
 
     config = EngineArgs(model=str(model), **arguments).create_engine_config().model_config
     ours = config.hf_config.architectures == ["Mxfp4Sm120ForCausalLM"]
-    assert ours == (config.quantization == plugin.NAME)
+    assert ours == (config.quantization == NAME)
     return str(config.quantization)
 
 

@@ -4,7 +4,8 @@
 import pytest
 import torch
 
-from vllm_mxfp4_sm120 import proof, selector
+from vllm_mxfp4_sm120 import proof
+from vllm_mxfp4_sm120.backends import registry
 from vllm_mxfp4_sm120.moe import Activation, MoEShape
 from vllm_mxfp4_sm120.platform import Machine
 
@@ -19,9 +20,9 @@ SHAPES = {
 }
 
 
-@pytest.fixture(params=selector.MODULES)
+@pytest.fixture(params=registry.NAMES)
 def backend(request):
-    return selector.load(request.param)
+    return registry.load(request.param)
 
 
 def skip_unless_ready(backend, shape):

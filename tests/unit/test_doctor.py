@@ -11,6 +11,7 @@ import torch
 from machines import NO_FLASHINFER, NO_SM120, NOT_BUILT, install, machine
 
 from vllm_mxfp4_sm120 import selector
+from vllm_mxfp4_sm120.backends import registry
 from vllm_mxfp4_sm120.cli import doctor, surroundings
 from vllm_mxfp4_sm120.cli.__main__ import main
 from vllm_mxfp4_sm120.cli.surroundings import Attention, Python
@@ -33,7 +34,7 @@ def clean(monkeypatch, tmp_path):
 
 def pretend(monkeypatch, name, **installed):
     install(monkeypatch, **installed)
-    monkeypatch.setattr(doctor.Machine, "here", lambda: machine(name))
+    monkeypatch.setattr(Machine, "here", lambda first_gpu: machine(name))
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
     card = type("Card", (), {"name": name, "major": 12, "minor": 0, "total_memory": 32 * 2**30})
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda index: card)
@@ -47,7 +48,7 @@ def test_here(capsys):
     assert report["can_serve"] and report["machine"] == "cpu (cpu)" and report["gpus"] == []
     assert report["chosen"] == {"gpt-oss-20b": "tiled", "gpt-oss-120b": "tiled"}
     assert report["versions"]["torch"] == torch.__version__
-    assert [backend["name"] for backend in report["backends"]] == list(selector.MODULES)
+    assert [backend["name"] for backend in report["backends"]] == list(registry.NAMES)
     tiled = {"name": "tiled", "automatic": True, "why_not": None, "proof": "right"}
     assert tiled in report["backends"]
 
@@ -95,7 +96,7 @@ def test_a_bad_variable_is_one_line(monkeypatch, capsys):
 
 
 def test_a_driver_without_a_torch_for_it(monkeypatch, capsys):
-    monkeypatch.setattr(doctor.Machine, "here", lambda: Machine(None, None))
+    monkeypatch.setattr(Machine, "here", lambda first_gpu: Machine(None, None))
     monkeypatch.setattr(doctor.platform, "driver", lambda: "580.95.05")
     assert main(["doctor"]) == 0
     assert "there is an NVIDIA driver, but torch sees no GPU: a CPU build, or CUDA_VISIBLE_DEVICES?" in (

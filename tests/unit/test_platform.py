@@ -4,7 +4,7 @@
 import pytest
 import torch
 
-from vllm_mxfp4_sm120 import platform
+from vllm_mxfp4_sm120 import platform, selector
 from vllm_mxfp4_sm120.platform import Machine, is_sm90_supported, is_sm100_supported, is_sm120_supported, parse_cuda
 
 MACHINES = [  # capability, CUDA of torch, family, sm, why unsupported
@@ -65,15 +65,14 @@ def pretend(monkeypatch, initialized=False, cards=((9, 0), (12, 0))):
 def test_here(monkeypatch):
     monkeypatch.delenv("MXFP4_SM120_BASE_GPU_ID", raising=False)
     pretend(monkeypatch)
-    assert Machine.here() == Machine((9, 0), (12, 8), "card 0")
+    assert selector.this_machine() == Machine.here() == Machine((9, 0), (12, 8), "card 0")
     assert Machine.here(1) == Machine((12, 0), (12, 8), "card 1")
     assert is_sm90_supported() and not is_sm120_supported()
     monkeypatch.setenv("MXFP4_SM120_BASE_GPU_ID", "1")
-    assert Machine.here() == Machine((12, 0), (12, 8), "card 1")
-    assert is_sm120_supported()
+    assert selector.this_machine() == Machine((12, 0), (12, 8), "card 1")
     monkeypatch.setenv("MXFP4_SM120_BASE_GPU_ID", "2")
-    with pytest.raises(ValueError, match=r"^MXFP4_SM120_BASE_GPU_ID=2 isn't there: this process sees GPUs 0 to 1$"):
-        Machine.here()
+    with pytest.raises(ValueError, match=r"^MXFP4_SM120_BASE_GPU_ID=2: GPU 2 isn't there: .* GPUs 0 to 1$"):
+        selector.this_machine()
 
 
 def test_here_takes_the_processs_own_gpu_once_it_has_one(monkeypatch):

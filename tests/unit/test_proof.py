@@ -10,6 +10,7 @@ import pytest
 import torch
 
 from vllm_mxfp4_sm120 import config_path, proof, selector
+from vllm_mxfp4_sm120.backends import registry
 from vllm_mxfp4_sm120.backends.native import tuning
 from vllm_mxfp4_sm120.backends.tiled import Tiled
 from vllm_mxfp4_sm120.moe import Activation, MoEShape
@@ -51,8 +52,8 @@ def test_each_native_kernel_has_its_turn():
 def test_a_faulty_backend_is_skipped_and_named(backend, reason, monkeypatch):
     if backend is faulty.Hangs:
         monkeypatch.setenv("MXFP4_SM120_PROOF_SECONDS", "4")
-    monkeypatch.setattr(selector, "ORDER", {0: (backend.name, "tiled")})
-    monkeypatch.setattr(selector, "load", {backend.name: backend, "tiled": Tiled}.__getitem__)
+    monkeypatch.setattr(registry, "REGISTRY", (registry.Entry(backend.name, "", (0,)), registry.find("tiled")))
+    monkeypatch.setattr(registry, "load", {backend.name: backend, "tiled": Tiled}.__getitem__)
     start = time.monotonic()
     choice = selector.select(CPU, GPT_OSS)
     assert choice.backend is Tiled and time.monotonic() - start < 60

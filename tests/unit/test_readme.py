@@ -6,19 +6,19 @@ from pathlib import Path
 
 import pytest
 
-from vllm_mxfp4_sm120 import envs
+from vllm_mxfp4_sm120 import settings
 
 ROOT = Path(__file__).parents[2]
 PAGES = [*ROOT.glob("*.md"), *ROOT.glob("docs/*.md")]
 
 
-@pytest.mark.parametrize("variable", envs.TABLE, ids=lambda variable: variable.name)
-def test_every_variable_has_its_row(variable: envs.Variable) -> None:
-    default = variable.default
+@pytest.mark.parametrize("setting", settings.TABLE, ids=lambda setting: setting.name)
+def test_every_variable_has_its_row(setting: settings.Setting) -> None:
+    default = setting.default
     if isinstance(default, bool):
         default = int(default)
     default = "" if default is None else default
-    assert f"| `{variable.name}` | {default} | {variable.meaning} |\n" in (ROOT / "docs/settings.md").read_text()
+    assert f"| `{setting.name}` | {default} | {setting.meaning} |\n" in (ROOT / "docs/settings.md").read_text()
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)

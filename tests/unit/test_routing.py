@@ -1,29 +1,18 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Routing out of every form, grouping, and the exact words for what can't be routed."""
-
-from collections import namedtuple
-from enum import IntEnum
-from types import SimpleNamespace
+"""Routing, grouping, and the exact words for what can't be routed."""
 
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from vllm_mxfp4_sm120.routing import ACCEPTED, Routing, Segment, local_ids
+from vllm_mxfp4_sm120.backends.tiled import Tiled
+from vllm_mxfp4_sm120.moe import MoEShape, topk_softmax
+from vllm_mxfp4_sm120.proof import random_weights
+from vllm_mxfp4_sm120.routing import Routing, Segment, local_ids
 
 IDS = torch.tensor([[2, 0], [1, 2], [2, 2]])
 GATES = torch.tensor([[0.75, 0.25], [0.5, 0.5], [1.0, 0.0]])
-
-
-class Format(IntEnum):
-    STANDARD = 1
-    BYPASSED = 3
-
-
-# The shapes that engines give to what their top-k hands out.
-Standard = namedtuple("Standard", "topk_weights topk_ids router_logits format")
-Bypassed = namedtuple("Bypassed", "hidden_states router_logits topk_config format")
 
 
 def same(routing: Routing, dtype=torch.float32) -> None:
@@ -38,62 +27,21 @@ def same(routing: Routing, dtype=torch.float32) -> None:
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16, torch.float64])
 @pytest.mark.parametrize("integer", [torch.int64, torch.int32, torch.int16, torch.uint8])
-def test_every_form_gives_the_same_routing(integer, dtype):
-    ids, gates = IDS.to(integer), GATES.to(dtype)
-    tokens = torch.tensor([0, 0, 1, 1, 2, 2]).to(integer)
-    same(Routing.extract((ids, gates)), dtype)
-    same(Routing.extract([ids, gates]), dtype)
-    same(Routing.extract(SimpleNamespace(topk_ids=ids, topk_weights=gates)), dtype)
-    same(Routing.extract({"topk_ids": ids, "topk_weights": gates}), dtype)
-    same(Routing.extract(Standard(gates, ids, torch.randn(3, 4), Format.STANDARD)), dtype)
-    same(Routing.extract({"token_ids": tokens, "expert_ids": ids.flatten(), "gates": gates.flatten()}), dtype)
-    same(Routing.extract(Routing.from_topk(ids, gates)), dtype)
-
-
-@pytest.mark.parametrize("form", [Format.BYPASSED, "bypassed", "BYPASSED"])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_logits_that_were_not_routed_are_routed_here(form, dtype):
-    logits = torch.randn(5, 8, generator=torch.Generator().manual_seed(0)).to(dtype)
-    routing = Routing.extract(Bypassed(torch.zeros(5, 32), logits, SimpleNamespace(top_k=3), form))
-    order = logits.float().argsort(dim=1, descending=True)[:, :3]
-    assert routing.expert.view(5, 3).tolist() == order.tolist()
-    chosen = logits.double().gather(1, order).exp()
-    expected = chosen / chosen.sum(1, keepdim=True)
-    assert routing.gate.dtype == dtype
-    torch.testing.assert_close(routing.gate.view(5, 3).double(), expected, rtol=4 * torch.finfo(dtype).eps, atol=0)
-    direct = Routing.extract({"format": form, "router_logits": logits, "top_k": 3})
-    assert torch.equal(direct.expert, routing.expert) and torch.equal(direct.gate, routing.gate)
-
-
-def test_pairs_in_any_order_and_tokens_without_an_expert():
-    given_pairs = {
-        "token_ids": torch.tensor([4, 0, 4]),
-        "expert_ids": torch.tensor([1, 1, 0]),
-        "gates": torch.tensor([0.5, 1.0, 0.5]),
-    }
-    assert Routing.extract(given_pairs).num_tokens == 5
-    assert Routing.extract(given_pairs | {"num_tokens": 7}).num_tokens == 7
-    grouped = Routing.extract(given_pairs).group()
-    assert grouped.routing.token.tolist() == [4, 4, 0]
-    assert grouped.segments() == [Segment(0, 0, 1), Segment(1, 1, 3)]
+def test_any_integers_and_floats_give_the_same_routing(integer, dtype):
+    same(Routing.from_topk(IDS.to(integer), GATES.to(dtype)), dtype)
 
 
 def test_views_that_are_not_contiguous():
     wide_ids = torch.stack((IDS, IDS + 9), dim=-1).transpose(0, 1).contiguous().transpose(0, 1)
     wide_gates = torch.stack((GATES, GATES + 9), dim=-1)
     assert not wide_ids[..., 0].is_contiguous()
-    same(Routing.extract((wide_ids[..., 0], wide_gates[..., 0])))
+    same(Routing.from_topk(wide_ids[..., 0], wide_gates[..., 0]))
 
 
 def test_zero_tokens():
-    routing = Routing.extract((torch.zeros(0, 4, dtype=torch.int32), torch.zeros(0, 4)))
+    routing = Routing.from_topk(torch.zeros(0, 4, dtype=torch.int32), torch.zeros(0, 4))
     assert routing.num_tokens == 0 and routing.token.numel() == 0
     assert routing.group().segments() == []
-    empty = torch.zeros(0, dtype=torch.int64)
-    pairs = Routing.extract({"token_ids": empty, "expert_ids": empty, "gates": torch.zeros(0)})
-    assert pairs.num_tokens == 0 and pairs.group().segments() == []
-    logits = Routing.extract({"format": "bypassed", "router_logits": torch.zeros(0, 8), "top_k": 2})
-    assert logits.num_tokens == 0
 
 
 def test_one_token_and_all_on_one_expert():
@@ -129,84 +77,55 @@ def refuse(call, *args) -> str:
     return str(error.value)
 
 
-@pytest.mark.parametrize(
-    ("given_", "described"),
-    [
-        (None, "NoneType"),
-        (torch.zeros(2, 3), "float32 [2, 3]"),
-        ("bypassed", "str"),
-        ((IDS,), "a tuple of (int64 [3, 2])"),
-        ((IDS, GATES, GATES), "a tuple of (int64 [3, 2], float32 [3, 2], float32 [3, 2])"),
-        ({"topk_ids": IDS}, "dict with topk_ids"),
-        ({"expert_ids": IDS, "gates": GATES}, "dict with expert_ids, gates"),
-        (SimpleNamespace(router_logits=GATES), "SimpleNamespace with router_logits"),
-        ({"router_logits": GATES, "format": "bypassed"}, "dict with router_logits, format in format 'bypassed'"),
-        (
-            Bypassed(GATES, None, SimpleNamespace(top_k=2), Format.BYPASSED),
-            "Bypassed with hidden_states, router_logits, topk_config, format in format 'BYPASSED'",
-        ),
-        ({"format": "triton", "routing_data": 1}, "dict with format, routing_data in format 'triton'"),
-    ],
-)
-def test_anything_else_is_refused(given_, described):
-    assert refuse(Routing.extract, given_) == f"routing: given {described}, expected {ACCEPTED}"
-
-
 def test_shapes_that_do_not_match():
-    assert refuse(Routing.extract, (IDS, GATES[:2])) == (
+    assert refuse(Routing.from_topk, IDS, GATES[:2]) == (
         "routing: experts are int64 [3, 2] and gates float32 [2, 2], expected both [tokens, k]; "
         "give one gate for each chosen expert"
     )
-    assert refuse(Routing.extract, (IDS.flatten(), GATES.flatten())) == (
+    assert refuse(Routing.from_topk, IDS.flatten(), GATES.flatten()) == (
         "routing: experts are int64 [6] and gates float32 [6], expected both [tokens, k]; "
         "give one gate for each chosen expert"
-    )
-    assert refuse(Routing.from_pairs, torch.arange(6), IDS.flatten(), GATES[0]) == (
-        "routing: tokens are int64 [6], experts int64 [6] and gates float32 [2], expected all [pairs]; "
-        "give one of each for every pair"
     )
 
 
 def test_swapped_ids_and_gates():
-    assert refuse(Routing.extract, (GATES, IDS)) == (
-        "routing: experts are float32 [6], expected integers; are ids and gates swapped?"
+    assert refuse(Routing.from_topk, GATES, IDS) == (
+        "routing: experts are float32 [3, 2], expected integers; are ids and gates swapped?"
     )
-    assert refuse(Routing.extract, (IDS, IDS)) == (
-        "routing: gates are int64 [6], expected floats; are ids and gates swapped?"
+    assert refuse(Routing.from_topk, IDS, IDS) == (
+        "routing: gates are int64 [3, 2], expected floats; are ids and gates swapped?"
     )
 
 
-def test_logits_that_can_not_be_routed():
-    assert refuse(Routing.from_logits, IDS, 1) == (
-        "routing: router_logits are int64 [3, 2], expected floats [tokens, experts]"
-    )
-    for top_k in (0, 3):
-        assert refuse(Routing.from_logits, GATES, top_k) == (
-            f"routing: top_k is {top_k}, expected 1 to 2, the number of experts"
-        )
-
-
-def test_gates_are_checked_on_request(monkeypatch):
+def test_gates_are_checked():
     gates = GATES.clone()
     gates[1, 0] = 0.25
-    Routing.from_topk(IDS, gates)
-    monkeypatch.setenv("MXFP4_SM120_VALIDATE_GATE", "1")
-    Routing.from_topk(IDS, GATES)
-    Routing.from_topk(IDS[:0], GATES[:0])
-    assert refuse(Routing.from_topk, IDS, gates) == (
+    Routing.from_topk(IDS, GATES).check_gates()
+    Routing.from_topk(IDS[:0], GATES[:0]).check_gates()
+    assert refuse(Routing.from_topk(IDS, gates).check_gates) == (
         "routing: the gates of token 1 sum to 0.75 (1 of 3 tokens are off), expected 1 within 0.01; "
         "normalise over the chosen experts"
     )
     gates[2] = float("nan")
-    assert refuse(Routing.from_topk, IDS, gates).startswith(
+    assert refuse(Routing.from_topk(IDS, gates).check_gates).startswith(
         "routing: the gates of token 1 sum to 0.75 (2 of 3 tokens are off)"
     )
 
 
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-def test_rounded_gates_pass_the_check(monkeypatch, dtype):
+def test_a_setting_checks_the_gates_of_every_layer(monkeypatch):
+    shape = MoEShape(4, 4, 32, 32, 2)
+    layer = Tiled(shape)
+    prepared, x = layer.prepare(random_weights(shape, "cpu")), torch.zeros(3, 32, dtype=torch.bfloat16)
+    layer.forward(prepared, x, IDS, GATES / 2)
     monkeypatch.setenv("MXFP4_SM120_VALIDATE_GATE", "1")
-    Routing.from_logits(torch.randn(500, 32, generator=torch.Generator().manual_seed(0)).to(dtype), 4)
+    layer.forward(prepared, x, IDS, GATES)
+    assert "the gates of token 0 sum to 0.5" in refuse(layer.forward, prepared, x, IDS, GATES / 2)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_rounded_gates_pass_the_check(dtype):
+    ids, gates = topk_softmax(torch.randn(500, 32, generator=torch.Generator().manual_seed(0)), 4)
+    Routing.from_topk(ids, gates.to(dtype)).check_gates()
 
 
 ANY_IDS = [0, 3, 4, 7, 8, -1, -8, -65536, -65535, 65536, 2**31 - 1, -(2**31)]

@@ -5,7 +5,7 @@ import re
 from pathlib import Path
 
 import vllm_mxfp4_sm120
-from vllm_mxfp4_sm120 import envs
+from vllm_mxfp4_sm120 import settings
 from vllm_mxfp4_sm120.backends.native import library
 
 PACKAGE = Path(vllm_mxfp4_sm120.__file__).parent
@@ -18,7 +18,7 @@ def users(pattern):
 
 def test_the_library_is_the_packages():
     assert library.LIBRARY.parent == PACKAGE
-    assert not [variable.name for variable in envs.TABLE if "LIBRARY" in variable.name or "PATH" in variable.name]
+    assert not [variable.name for variable in settings.TABLE if "LIBRARY" in variable.name or "PATH" in variable.name]
 
 
 def test_no_pickle_and_no_code():

@@ -6,6 +6,7 @@ import torch
 from machines import GPT_OSS, NO_SM120, NO_TRITON, NOT_BUILT, install, machine
 
 from vllm_mxfp4_sm120 import proof, selector
+from vllm_mxfp4_sm120.backends import registry
 from vllm_mxfp4_sm120.moe import MoEShape
 
 
@@ -61,7 +62,7 @@ CHOSEN = [
      "needed"),
     ("B300", {"flashinfer": "0.7.2"}, {}, None, {}, "MXFP4 experts on B300 (sm_103): flashinfer_trtllm"),
     ("B300", {"flashinfer": "0.7.2"}, {}, None, {"mxfp4_sm120": {"backend": "native"}},
-     "MXFP4 experts on B300 (sm_103): native, asked for by --additional-config backend"),
+     "MXFP4 experts on B300 (sm_103): native, asked for by --additional-config mxfp4_sm120 backend"),
     ("H100", {"flashinfer": "0.7.2"}, {}, None, {}, "MXFP4 experts on H100 (sm_90): native"),
     ("H100", {}, {}, "triton", {}, "MXFP4 experts on H100 (sm_90): triton, asked for by --moe-backend"),
     ("H100", {}, {"BACKEND": "triton"}, "triton", {},
@@ -151,12 +152,13 @@ def test_refused(monkeypatch, name, installed, environment, moe_backend, config,
 
 
 def test_every_backend_is_found_by_its_name():
-    for name in selector.MODULES:
-        assert selector.load(name).name == name
+    for name in registry.NAMES:
+        assert registry.load(name).name == name
 
 
 def test_upcast_is_never_chosen_by_itself():
-    assert "upcast" not in {name for names in (*selector.ORDER.values(), selector.UNKNOWN_FAMILY) for name in names}
+    assert not registry.find("upcast").automatic
+    assert all("upcast" not in registry.automatic(family) for family in range(0, 200, 10))
 
 
 def test_a_decision_is_made_once(monkeypatch):

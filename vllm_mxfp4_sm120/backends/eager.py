@@ -8,6 +8,7 @@ from abc import abstractmethod
 import torch
 from torch import Tensor
 
+from vllm_mxfp4_sm120 import settings
 from vllm_mxfp4_sm120.backends.base import Backend, Prepared
 from vllm_mxfp4_sm120.routing import Grouped, Routing, Segment, local_ids
 
@@ -27,7 +28,10 @@ class Eager(Backend):
         expert_map: Tensor | None = None,
     ) -> Tensor:
         here = local_ids(topk_ids, self.shape.local_experts, expert_map)
-        grouped = Routing.from_topk(here, topk_weights).group()
+        routing = Routing.from_topk(here, topk_weights)
+        if settings.VALIDATE_GATE.get():
+            routing.check_gates()
+        grouped = routing.group()
         # A row for every chosen (token, expert) pair: no two experts add to the same place, so order can't change bits.
         pairs = torch.zeros(topk_ids.numel(), x.shape[1], dtype=torch.float32, device=x.device)
         self.run(prepared, [segment for segment in grouped.segments() if segment.expert >= 0], grouped, x, pairs)

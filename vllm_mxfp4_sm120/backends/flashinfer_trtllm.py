@@ -8,7 +8,6 @@ used, not before.
 
 from __future__ import annotations
 
-import logging
 from functools import lru_cache
 from importlib import metadata
 from typing import ClassVar
@@ -18,11 +17,10 @@ from packaging.version import Version
 from torch import Tensor
 
 from vllm_mxfp4_sm120.backends.base import Backend, Prepared
+from vllm_mxfp4_sm120.log import logger
 from vllm_mxfp4_sm120.moe import SWIGLU_ALPHA, SWIGLU_LIMIT, Activation, MoEShape, MoEWeights
 from vllm_mxfp4_sm120.platform import Machine
 from vllm_mxfp4_sm120.routing import local_ids
-
-log = logging.getLogger(__name__)
 
 # The oldest that the calls below were bound against (tests/unit/with_flashinfer.py).
 OLDEST = (0, 6, 14)
@@ -95,7 +93,7 @@ class FlashInferTrtllm(Backend):
                 out.copy_(_pad(codes[expert], out.shape)[order])
                 out = prepared[f"{name}_scale"][expert]
                 out.copy_(interleave_scales(_pad(scales[expert], out.shape)[order]).view(out.shape))
-            log.debug("%s_scale: %d scale columns, %d after padding", name, scales.shape[2], out.shape[1])
+            logger.debug("%s_scale: %d scale columns, %d after padding", name, scales.shape[2], out.shape[1])
             prepared[f"{name}_scale"] = prepared[f"{name}_scale"].view(torch.float8_e4m3fn)
             if (bias := getattr(weights, f"{name}_bias")) is not None:
                 prepared[f"{name}_bias"] = _pad(bias.float(), (experts, len(order)))[:, order].contiguous()

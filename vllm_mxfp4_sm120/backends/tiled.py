@@ -11,7 +11,7 @@ from functools import lru_cache
 import torch
 from torch import Tensor
 
-from vllm_mxfp4_sm120 import envs, mxfp4
+from vllm_mxfp4_sm120 import mxfp4, settings
 from vllm_mxfp4_sm120.backends.base import Prepared
 from vllm_mxfp4_sm120.backends.eager import Eager
 from vllm_mxfp4_sm120.moe import MoEShape, MoEWeights, activate
@@ -39,7 +39,7 @@ class Tiled(Eager):
 
     def run(self, prepared: Prepared, segments: list[Segment], grouped: Grouped, x: Tensor, pairs: Tensor) -> None:
         """Deal the experts out to the streams that are asked for; the current stream goes on when all are done."""
-        streams = _side_streams(x.device, envs.MOE_STREAMS.get()) if x.is_cuda else ()
+        streams = _side_streams(x.device, settings.MOE_STREAMS.get()) if x.is_cuda else ()
         if not streams:
             super().run(prepared, segments, grouped, x, pairs)
         else:
@@ -55,7 +55,7 @@ class Tiled(Eager):
                     self.run_expert(prepared, segment, grouped, x, pairs)
             for stream in streams:
                 current.wait_stream(stream)
-        if x.is_cuda and envs.DEBUG_EMPTY_CACHE.get():
+        if x.is_cuda and settings.DEBUG_EMPTY_CACHE.get():
             torch.cuda.empty_cache()
 
     def answer(self, prepared: Prepared, expert: int, x: Tensor) -> Tensor:

@@ -16,7 +16,7 @@ from enum import StrEnum
 from functools import lru_cache
 from typing import Any
 
-from vllm_mxfp4_sm120 import config_path, envs, mxfp4
+from vllm_mxfp4_sm120 import config_path, mxfp4, settings
 from vllm_mxfp4_sm120.moe import SWIGLU_ALPHA, SWIGLU_LIMIT, MoEShape
 
 MODEL_TYPE = "gpt_oss"
@@ -116,12 +116,12 @@ class Packing:
         if group_size != mxfp4.BLOCK:
             raise ValueError(
                 f"{source}: group_size is {shown(group_size)}, expected {mxfp4.BLOCK}; "
-                f"if the file is wrong, set {envs.GROUP_SIZE.name}={mxfp4.BLOCK}"
+                f"if the file is wrong, set {settings.GROUP_SIZE.name}={mxfp4.BLOCK}"
             )
         if pack_layout != PACK_LAYOUT:
             raise ValueError(
                 f"{source}: pack_layout is {shown(pack_layout)}, expected {PACK_LAYOUT!r}; "
-                f"if the file is wrong, set {envs.PACK_LAYOUT.name}={PACK_LAYOUT}"
+                f"if the file is wrong, set {settings.PACK_LAYOUT.name}={PACK_LAYOUT}"
             )
         return cls()
 
@@ -129,7 +129,7 @@ class Packing:
 @lru_cache
 def _overrides() -> tuple[int | None, str | None]:
     """What the environment says, read once: a process never sees two answers."""
-    return envs.GROUP_SIZE.get(), envs.PACK_LAYOUT.get()
+    return settings.GROUP_SIZE.get(), settings.PACK_LAYOUT.get()
 
 
 def shown(value: Any, most: int = 80) -> str:

@@ -8,7 +8,6 @@ alternating; K = H) and down_proj (rows = H, K = I), each as NAME_blocks uint8 [
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -20,8 +19,7 @@ from torch import Tensor
 from vllm_mxfp4_sm120 import mxfp4
 from vllm_mxfp4_sm120.checkpoint.config import AttentionSizes, Sizes
 from vllm_mxfp4_sm120.checkpoint.names import EMBEDDING, LM_HEAD, canonical_name, plain, refuse_foreign
-
-logger = logging.getLogger("vllm.mxfp4_sm120")
+from vllm_mxfp4_sm120.log import logger
 
 # Tensors that one message names; a checkpoint of another kind would fill pages.
 NAMED_AT_MOST = 8

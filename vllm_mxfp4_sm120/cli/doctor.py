@@ -15,13 +15,13 @@ from pathlib import Path
 
 import torch
 
-from vllm_mxfp4_sm120 import __version__, envs, memory, platform, proof, selector
+from vllm_mxfp4_sm120 import __version__, memory, platform, proof, selector, settings
+from vllm_mxfp4_sm120.backends import registry
 from vllm_mxfp4_sm120.backends.native import library
 from vllm_mxfp4_sm120.checkpoint import Sizes, published_config
 from vllm_mxfp4_sm120.cli import surroundings
 from vllm_mxfp4_sm120.cli.make_tiny import checkpoint_bytes
 from vllm_mxfp4_sm120.cli.surroundings import Attention, Python
-from vllm_mxfp4_sm120.platform import Machine
 
 MODELS = ("gpt-oss-20b", "gpt-oss-120b")
 DISTRIBUTIONS = {"vLLM": "vllm", "FlashInfer": "flashinfer-python", "Triton": "triton"}
@@ -76,8 +76,8 @@ class Report:
 
 def examine(prove: bool = True) -> Report:
     """Look at everything; import nothing that isn't installed. Raises ValueError for a bad MXFP4_SM120_* variable."""
-    envs.check()
-    machine = Machine.here()
+    settings.check()
+    machine = selector.this_machine()
     report = Report(versions(), f"{machine.name} ({machine.sm})")
     if machine.capability is not None:
         for index in range(torch.cuda.device_count()):
@@ -98,8 +98,8 @@ def examine(prove: bool = True) -> Report:
     report.weights = {model: checkpoint_bytes(published_config(model)) for model in MODELS}
     report.free = memory.free_bytes() if machine.capability is None else 0
     shape = layers[MODELS[0]]
-    for name in selector.MODULES:
-        backend = selector.load(name)
+    for name in registry.NAMES:
+        backend = registry.load(name)
         why_not = machine.why_unsupported() or backend.why_not(machine, shape)
         tried = None
         if why_not is None and request.proof:
@@ -112,7 +112,7 @@ def examine(prove: bool = True) -> Report:
             report.chosen[model] = None
             report.notes.append(f"{model}: {error}")
     report.flags = {
-        variable.name: os.environ[variable.name] for variable in envs.TABLE if os.environ.get(variable.name)
+        setting.name: os.environ[setting.name] for setting in settings.TABLE if os.environ.get(setting.name)
     }
     return report
 
@@ -190,7 +190,7 @@ def markdown(report: Report) -> str:
 def scrub(text: str) -> str:
     """Paths but for their last part, keys, the names of user and machine: all left out."""
     text = re.sub(r"\b(?:hf_|sk-|ghp_|github_pat_)[\w-]{6,}", "<key>", text)
-    text = re.sub(rf"{re.escape(envs.CACHE_DIR.name)}=.*", f"{envs.CACHE_DIR.name}=<path>", text)
+    text = re.sub(rf"{re.escape(settings.CACHE_DIR.name)}=.*", f"{settings.CACHE_DIR.name}=<path>", text)
     for name, instead in ((_home(), "~"), (_user(), "<user>"), (socket.gethostname(), "<host>")):
         if name and name not in ("/", "root", "localhost"):
             text = re.sub(rf"(?<!\w){re.escape(name)}(?!\w)", instead, text)

@@ -8,7 +8,7 @@ is tried in place.
 
 from __future__ import annotations
 
-from vllm_mxfp4_sm120 import envs
+from vllm_mxfp4_sm120 import settings
 from vllm_mxfp4_sm120.backends.base import Backend
 from vllm_mxfp4_sm120.moe import MoEShape
 from vllm_mxfp4_sm120.platform import Machine
@@ -54,7 +54,7 @@ def why_not(backend: type[Backend], machine: Machine, shape: MoEShape) -> str | 
     """
     if not backend.compiled:
         return solve(backend, problem_shape(machine, shape), device(machine)).reason
-    seconds = envs.PROOF_SECONDS.get()
+    seconds = settings.PROOF_SECONDS.get()
     record = record_path(backend, machine, shape)
     known = recall(record)
     if known is None:

@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 
-from vllm_mxfp4_sm120 import envs
+from vllm_mxfp4_sm120 import settings
 from vllm_mxfp4_sm120.backends.base import Backend
 from vllm_mxfp4_sm120.lifeline import tied
 from vllm_mxfp4_sm120.moe import MoEShape
@@ -45,7 +45,7 @@ def solve_in_child(backend: type[Backend], shape: MoEShape, device: torch.device
         with tied([sys.executable, str(SCRIPT), json.dumps(task)], **options) as child:
             return outcome(child, *child.communicate(timeout=seconds))
     except subprocess.TimeoutExpired:
-        return Proof(f"no answer within {seconds:g} s ({envs.PROOF_SECONDS.name})", final=False)
+        return Proof(f"no answer within {seconds:g} s ({settings.PROOF_SECONDS.name})", final=False)
     except OSError as error:
         return Proof(f"its process could not be started: {error}", final=False)
 

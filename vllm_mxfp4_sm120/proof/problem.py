@@ -10,10 +10,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from vllm_mxfp4_sm120 import envs
+from vllm_mxfp4_sm120 import settings
 from vllm_mxfp4_sm120.backends.base import Backend
 from vllm_mxfp4_sm120.moe import MoEShape, MoEWeights, reference, topk_softmax
-from vllm_mxfp4_sm120.platform import Machine
+from vllm_mxfp4_sm120.platform import Machine, current_gpu
 
 # One token and more (decoding: all tokens as columns, then gathered), then 12 to 140 tokens an expert on average for
 # GPT-OSS's 4 of 20, so that each of the native kernels that configs/tuning chooses from has its turn.
@@ -59,7 +59,7 @@ def device(machine: Machine) -> torch.device:
     """The device that this process will serve from."""
     if machine.capability is None:
         return torch.device("cpu")
-    return torch.device("cuda", torch.cuda.current_device() if torch.cuda.is_initialized() else envs.BASE_GPU_ID.get())
+    return torch.device("cuda", current_gpu(settings.BASE_GPU_ID.get()))
 
 
 def random_weights(shape: MoEShape, device: torch.device | str, seed: int = 0) -> MoEWeights:

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import logging
 import os
 import stat
 import sys
@@ -23,13 +22,12 @@ from pathlib import Path
 
 from filelock import FileLock, Timeout
 
-from vllm_mxfp4_sm120 import __version__, config_path, envs
+from vllm_mxfp4_sm120 import __version__, config_path, settings
 from vllm_mxfp4_sm120.backends.base import Backend
+from vllm_mxfp4_sm120.log import logger
 from vllm_mxfp4_sm120.moe import MoEShape
 from vllm_mxfp4_sm120.platform import Machine, driver
 from vllm_mxfp4_sm120.proof.problem import Proof, problem_shape
-
-logger = logging.getLogger("vllm.mxfp4_sm120")
 
 PATIENCE = 3.0  # seconds of waiting for another process before it's said
 LARGEST = 1 << 16  # bytes of a record: they are some hundred
@@ -38,7 +36,7 @@ LARGEST = 1 << 16  # bytes of a record: they are some hundred
 def cache_dir() -> Path | None:
     """Where proofs are remembered; None for a user without a home directory who didn't name another one."""
     try:
-        if (given := envs.CACHE_DIR.get()) is not None:
+        if (given := settings.CACHE_DIR.get()) is not None:
             return Path(given).expanduser().absolute()
         base = Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache")
         if not base.is_absolute():  # the XDG specification has relative ones ignored
@@ -193,7 +191,7 @@ def _whose(path: Path, state: os.stat_result, sticky: bool = False) -> str | Non
 @cache
 def _say(why: str) -> None:
     """Once in a process."""
-    name = envs.CACHE_DIR.name
+    name = settings.CACHE_DIR.name
     logger.warning("mxfp4_sm120: proofs are not remembered, each start repeats them: %s; %s names a place", why, name)
 
 

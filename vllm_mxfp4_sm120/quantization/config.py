@@ -7,9 +7,8 @@ from typing import Any
 
 import torch
 
-from vllm_mxfp4_sm120 import envs
+from vllm_mxfp4_sm120 import NAME, settings
 from vllm_mxfp4_sm120.checkpoint import MODEL_TYPE, QUANT_METHODS, Packing, Sizes
-from vllm_mxfp4_sm120.plugin import NAME
 from vllm_mxfp4_sm120.quantization.spelling import means_us
 from vllm_mxfp4_sm120.quantization.vllm_symbols import (
     QUANTIZATION_METHODS,
@@ -69,7 +68,7 @@ class Mxfp4Sm120Config(QuantizationConfig):
             return NAME
         if user_quant is not None or not gpt_oss or hf_quant_cfg.get("quant_method") not in QUANT_METHODS:
             return None
-        if not current_platform.is_device_capability_family(120) or not envs.AUTO.get():
+        if not current_platform.is_device_capability_family(120) or not settings.AUTO.get():
             return None
         hf_quant_cfg[CLAIMED] = True
         return NAME

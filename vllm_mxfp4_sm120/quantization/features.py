@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 import torch
 
-from vllm_mxfp4_sm120 import selector
+from vllm_mxfp4_sm120.backends import registry
 from vllm_mxfp4_sm120.quantization.vllm_symbols import VllmConfig
 
 GPT_OSS = "GptOssForCausalLM"
@@ -93,6 +93,6 @@ FEATURES = (
 def why_not(config: VllmConfig) -> str | None:
     """One line: the first feature that this engine asks for and the plugin lacks. None if there is none."""
     backend = config.kernel_config.moe_backend
-    if backend not in ("auto", *selector.MOE_BACKENDS):
-        return f"--moe-backend {backend} is vLLM's own; this plugin has {', '.join(selector.MOE_BACKENDS)}"
+    if backend not in ("auto", *registry.MOE_BACKENDS):
+        return f"--moe-backend {backend} is vLLM's own; this plugin has {', '.join(registry.MOE_BACKENDS)}"
     return next((feature.refusal for feature in FEATURES if feature.wanted(config)), None)

@@ -12,7 +12,6 @@ from vllm_mxfp4_sm120 import mxfp4, selector
 from vllm_mxfp4_sm120.backends.base import Backend
 from vllm_mxfp4_sm120.memory import reused_blocks
 from vllm_mxfp4_sm120.moe import Activation, MoEShape, MoEWeights
-from vllm_mxfp4_sm120.platform import Machine
 from vllm_mxfp4_sm120.quantization import ops
 from vllm_mxfp4_sm120.quantization.loader import PARAMETERS, Loader, Shard, parameters
 from vllm_mxfp4_sm120.quantization.vllm_symbols import (
@@ -24,10 +23,8 @@ from vllm_mxfp4_sm120.quantization.vllm_symbols import (
     RoutedExperts,
     RoutingMethodType,
     get_current_vllm_config,
-    init_logger,
+    logger,
 )
-
-logger = init_logger("vllm.mxfp4_sm120")
 
 ACTIVATIONS = {MoEActivation.SWIGLUOAI: Activation.SWIGLU_OAI, MoEActivation.SILU: Activation.SILU}
 # Both normalise over the chosen experts only, which is what `forward_logits` computes.
@@ -105,7 +102,7 @@ class Mxfp4Sm120MoEMethod(FusedMoEMethodBase):
             rank,
         )
         self.loader = Loader(layer.layer_name, self.shape, shard)
-        self.choose(selector.select(Machine.here(), self.shape, self.request))
+        self.choose(selector.select(selector.this_machine(), self.shape, self.request))
         self.stage(layer, torch.get_default_device())
 
     def choose(self, choice: selector.Choice) -> None:

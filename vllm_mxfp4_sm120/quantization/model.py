@@ -19,10 +19,8 @@ from vllm_mxfp4_sm120.quantization.vllm_symbols import (
     default_weight_loader,
     get_tensor_model_parallel_rank,
     get_tensor_model_parallel_world_size,
-    init_logger,
+    logger,
 )
-
-logger = init_logger("vllm.mxfp4_sm120")
 
 
 class AdapterNames(WeightsMapper):

@@ -5,10 +5,9 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from vllm_mxfp4_sm120 import envs
+from vllm_mxfp4_sm120 import NAME, settings
 from vllm_mxfp4_sm120.checkpoint import INDEX, Checkpoint, check_config
 from vllm_mxfp4_sm120.memory import configure_torch
-from vllm_mxfp4_sm120.plugin import NAME
 from vllm_mxfp4_sm120.quantization import features
 from vllm_mxfp4_sm120.quantization.config import CLAIMED
 from vllm_mxfp4_sm120.quantization.features import GPT_OSS
@@ -16,10 +15,8 @@ from vllm_mxfp4_sm120.quantization.vllm_symbols import (
     MODELS_CONFIG_MAP,
     VllmConfig,
     current_platform,
-    init_logger,
+    logger,
 )
-
-logger = init_logger("vllm.mxfp4_sm120")
 
 # vLLM's GPT-OSS with a check of every tensor as it loads: what our models are made of instead (model.py).
 ARCHITECTURE = "Mxfp4Sm120ForCausalLM"
@@ -44,7 +41,7 @@ class GptOssConfig(MODELS_CONFIG_MAP[GPT_OSS]):
             logger.warning("mxfp4_sm120 leaves %s to vLLM's own experts: %s", model.model, reason)
             model.quantization = VLLMS_OWN
             return
-        envs.check()
+        settings.check()
         check(vllm_config)
         # Here, because this model is ours, and no process has touched CUDA yet: workers inherit the environment.
         capability = current_platform.get_device_capability()

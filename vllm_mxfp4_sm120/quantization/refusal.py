@@ -10,7 +10,7 @@ from typing import Any
 
 from vllm.model_executor.layers.quantization import QuantizationConfig, register_quantization_config
 
-from vllm_mxfp4_sm120.plugin import NAME
+from vllm_mxfp4_sm120 import NAME
 from vllm_mxfp4_sm120.quantization.spelling import means_us
 
 

@@ -3,7 +3,7 @@
 
 from __future__ import annotations
 
-from vllm_mxfp4_sm120.plugin import NAME
+from vllm_mxfp4_sm120 import NAME
 from vllm_mxfp4_sm120.quantization import model_config
 from vllm_mxfp4_sm120.quantization.config import Mxfp4Sm120Config
 from vllm_mxfp4_sm120.quantization.vllm_symbols import (

@@ -8,8 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from vllm_mxfp4_sm120 import NAME
 from vllm_mxfp4_sm120.backends.base import Backend
-from vllm_mxfp4_sm120.plugin import NAME
 from vllm_mxfp4_sm120.quantization.vllm_symbols import (
     GateLinear,
     UnquantizedLinearMethod,

@@ -6,7 +6,7 @@ from __future__ import annotations
 import difflib
 from collections.abc import Iterable
 
-from vllm_mxfp4_sm120.plugin import NAME
+from vllm_mxfp4_sm120 import NAME
 
 # Two names that share so much are one name and its misspelling: mxfp4_sm121 and mxfp4_sm120 share 0.91, mxfp4 0.63.
 ALIKE = 0.8

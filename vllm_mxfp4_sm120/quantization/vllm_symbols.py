@@ -38,6 +38,10 @@ from vllm.model_executor.models.utils import WeightsMapper  # to see the names o
 from vllm.model_executor.utils import set_weight_attrs  # how a parameter gets its loader
 from vllm.platforms import current_platform  # the card, without initialising CUDA
 
+from vllm_mxfp4_sm120 import log
+
+logger = init_logger(log.logger.name)  # the plugin's own; vLLM adds its methods to it
+
 __all__ = [
     "MODELS_CONFIG_MAP",
     "QUANTIZATION_METHODS",
@@ -63,7 +67,7 @@ __all__ = [
     "get_forward_context",
     "get_tensor_model_parallel_rank",
     "get_tensor_model_parallel_world_size",
-    "init_logger",
+    "logger",
     "op_registry_oot",
     "register_quantization_config",
     "set_weight_attrs",

@@ -12,7 +12,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from vllm_mxfp4_sm120 import envs
+from vllm_mxfp4_sm120 import settings
 
 # Where kernels/build.sh and `pip install` put it.
 LIBRARY = Path(__file__).parents[2] / "_native.so"
@@ -47,9 +47,10 @@ def load() -> str:
     Raises OSError where it can't be loaded, RuntimeError for a stub that MXFP4_SM120_ALLOW_STUB_KERNEL doesn't allow.
     """
     architectures = _load()
-    if architectures == "stub" and not envs.ALLOW_STUB_KERNEL.get():
+    if architectures == "stub" and not settings.ALLOW_STUB_KERNEL.get():
         raise RuntimeError(
-            f"it is a stub without GPU code: run kernels/build.sh, or set {envs.ALLOW_STUB_KERNEL.name}=1 to get zeros"
+            "it is a stub without GPU code: run kernels/build.sh, or set "
+            f"{settings.ALLOW_STUB_KERNEL.name}=1 to get zeros"
         )
     return architectures
 

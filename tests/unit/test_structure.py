@@ -1,0 +1,74 @@
+# SPDX-License-Identifier: Apache-2.0
+"""How the package hangs together: who imports whom, and what imports nothing heavy."""
+
+from __future__ import annotations
+
+import ast
+import subprocess
+import sys
+from graphlib import CycleError, TopologicalSorter
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[2]
+PACKAGE = "vllm_mxfp4_sm120"
+SOURCES = {
+    ".".join(path.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__"): path
+    for path in sorted((ROOT / PACKAGE).rglob("*.py"))
+}
+
+
+def imports(module: str, only_at_import: bool = False) -> set[str]:
+    """The package's modules that this one imports, even inside of functions unless `only_at_import`.
+
+    What's for type checkers alone doesn't count, nor does a package as the parent of what is imported.
+    """
+    found: set[str] = set()
+    waiting: list[ast.AST] = [ast.parse(SOURCES[module].read_text())]
+    while waiting:
+        node = waiting.pop()
+        if isinstance(node, ast.If) and ast.unparse(node.test) == "TYPE_CHECKING":
+            waiting += node.orelse
+            continue
+        if only_at_import and isinstance(node, ast.FunctionDef):
+            continue
+        if isinstance(node, ast.ImportFrom):
+            assert node.level == 0 and node.module is not None, f"{module}: relative imports are not used here"
+            for alias in node.names:
+                whole = f"{node.module}.{alias.name}"
+                found.add(whole if whole in SOURCES else node.module)
+        elif isinstance(node, ast.Import):
+            found |= {alias.name for alias in node.names}
+        waiting += ast.iter_child_nodes(node)
+    return found & SOURCES.keys() - {module}
+
+
+@pytest.mark.parametrize("only_at_import", [True, False])
+def test_no_import_cycle(only_at_import: bool) -> None:
+    graph = {module: imports(module, only_at_import) for module in SOURCES}
+    assert sum(map(len, graph.values())) > 100  # it does see imports
+    try:
+        TopologicalSorter(graph).prepare()
+    except CycleError as error:
+        pytest.fail(f"import cycle: {' <- '.join(error.args[1])}")
+
+
+@pytest.mark.parametrize("module", ["mxfp4", "moe", "routing", "platform", "log", "backends.registry"])
+def test_mathematics_and_facts_read_no_environment(module: str) -> None:
+    text = SOURCES[f"{PACKAGE}.{module}"].read_text()
+    assert "environ" not in text and "getenv" not in text
+    assert f"{PACKAGE}.settings" not in imports(f"{PACKAGE}.{module}")
+
+
+def test_only_the_packages_own_logger() -> None:
+    made = [module for module, path in SOURCES.items() if "getLogger(" in path.read_text()]
+    assert made == [f"{PACKAGE}.log"]
+
+
+def test_settings_and_registry_import_nothing_heavy() -> None:
+    code = (
+        f"import sys, {PACKAGE}.settings; print(sorted({{'torch', 'triton', 'vllm', 'pydantic'}} & set(sys.modules)))"
+    )
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "[]"
