@@ -15,7 +15,7 @@ from vllm_mxfp4_sm120.checkpoint.config import Sizes, shown
 from vllm_mxfp4_sm120.checkpoint.headers import open_shard, read_json
 from vllm_mxfp4_sm120.checkpoint.names import canonical_name, plain, respelled
 from vllm_mxfp4_sm120.checkpoint.tensors import TensorInfo, is_as_required, listed
-from vllm_mxfp4_sm120.packing.names import Piece, piece_of, without_peft
+from vllm_mxfp4_sm120.packing.names import Piece, part_shape, piece_of, without_peft
 
 FILE = "adapter_model.safetensors"
 MERGE_FIRST = "merge it with PEFT's merge_and_unload, save the model, and pack that"
@@ -53,9 +53,10 @@ class Adapter:
         with open_shard(self.file) as shard:
             shapes = {name: TensorInfo.of(shard.get_tensor(name)) for name in shard.keys()}  # noqa: SIM118
         unknown = [name for name in shapes if not self._place(name, shapes, required)]
-        unknown += [f"{key}'s other factor" for key, pair in self.pairs.items() if set(pair) != {"A", "B"}]
+        unknown += [f"{key} without its other factor" for key, pair in self.pairs.items() if set(pair) != {"A", "B"}]
         if unknown:
             raise ValueError(f"{self.file}: can't merge {listed([plain(name) for name in unknown])}; {MERGE_FIRST}")
+        self._check_shapes(shapes, required)
 
     def _place(self, name: str, shapes: Mapping[str, TensorInfo], required: Mapping[str, TensorInfo]) -> bool:
         bare = without_peft(name.replace(".modules_to_save", ""))
@@ -90,6 +91,22 @@ class Adapter:
         projection = {(2 * intermediate, hidden): "gate_up_proj", (hidden, intermediate): "down_proj"}.get(sizes)
         return None if projection is None else (int(everyone[1]), projection)
 
+    def _check_shapes(self, shapes: Mapping[str, TensorInfo], required: Mapping[str, TensorInfo]) -> None:
+        for key, pair in self.pairs.items():
+            a, b = shapes[pair["A"]].shape, shapes[pair["B"]].shape
+            made = (b[0], a[1]) if len(a) == len(b) == 2 and a[0] == b[1] else None
+            if isinstance(key, str):
+                expected = required[key].shape
+            elif isinstance(key, Piece):
+                expected = part_shape(key.part, self.sizes)
+            else:
+                continue  # found by its shape
+            if made != expected:
+                raise ValueError(
+                    f"{self.file}: the factors {list(a)} and {list(b)} of {key} don't make {list(expected)}; "
+                    "the adapter is not of this model"
+                )
+
     def touches(self, layer: int, projection: str) -> bool:
         """Whether any of the projection's experts has factors."""
         return (layer, projection) in self.pairs or any(
@@ -106,7 +123,7 @@ class Adapter:
         if name not in self.pairs:
             return tensor
         a, b = self._factors(name)
-        return self._added(name, tensor, b @ a)
+        return self._added(tensor, b @ a)
 
     def merge_expert(self, layer: int, projection: str, expert: int, weights: Tensor) -> Tensor:
         """One expert's weights [rows, K], float32 if anything was added."""
@@ -114,7 +131,7 @@ class Adapter:
             a, b = self._factors((layer, projection))
             experts = self.sizes.num_experts
             of_expert = b.unflatten(1, (-1, experts))[:, :, expert], a.unflatten(0, (experts, -1))[expert]
-            weights = self._added(f"experts of layer {layer}", weights, of_expert[0] @ of_expert[1])
+            weights = self._added(weights, of_expert[0] @ of_expert[1])
         parts = {"down": slice(None)}
         if projection == "gate_up_proj":
             parts = {"gate_up": slice(None), "gate": slice(0, None, 2), "up": slice(1, None, 2)}
@@ -123,15 +140,10 @@ class Adapter:
             if piece in self.pairs:
                 a, b = self._factors(piece)
                 weights = weights.float()
-                weights[rows] = self._added(str(piece), weights[rows], b @ a)
+                weights[rows] = self._added(weights[rows], b @ a)
         return weights
 
-    def _added(self, name: str, tensor: Tensor, product: Tensor) -> Tensor:
-        if product.shape != tensor.shape:
-            raise ValueError(
-                f"{self.file}: the factors of {name} make {list(product.shape)}, expected {list(tensor.shape)}; "
-                "the adapter is not of this model"
-            )
+    def _added(self, tensor: Tensor, product: Tensor) -> Tensor:
         return tensor.float() + self.scaling * product.to(tensor.device)
 
     def _factors(self, key: Target) -> tuple[Tensor, Tensor]:

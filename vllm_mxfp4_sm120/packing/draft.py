@@ -65,7 +65,8 @@ def write(directory: Path, job: Job, progress: Progress = lambda name, done, tot
     Everything goes to DIRECTORY.partial, which takes its name at the end. What ends a run, be it Ctrl-C or a power
     failure, leaves whole shards there, and at most one NAME.part: the same call goes on after them.
     Memory: a shard's tensors. Raises ValueError if `directory` isn't new or empty, if its disk has no room, if another
-    run is writing it, or if the draft is of another job; Stopped for Ctrl-C.
+    run is writing it, or if the draft is of another job; Stopped for Ctrl-C. What `make` and `finish` raise comes
+    through; after a ValueError of theirs, nothing is left.
     """
     directory = directory.absolute()
     if directory.exists() and not (directory.is_dir() and not any(directory.iterdir())):
@@ -73,12 +74,16 @@ def write(directory: Path, job: Job, progress: Progress = lambda name, done, tot
     draft = directory.with_name(directory.name + ".partial")
     draft.mkdir(parents=True, exist_ok=True)
     with _alone(draft):
+        state = _resumed(draft, job)
         try:
-            reports = _write_shards(draft, job, progress)
+            reports = _write_shards(draft, job, state, progress)
             job.finish(draft, reports)
             write_sums(draft, {name: file["sha256"] for name, file in _state(draft)["files"].items()}, leave_out=STATE)
         except KeyboardInterrupt as error:
             raise Stopped(f"stopped; what is done lies in {draft}: the same command goes on from there") from error
+        except ValueError:  # the source is bad: nothing to go on with
+            shutil.rmtree(draft)
+            raise
         (draft / STATE).unlink()
         _sync(draft)
         draft.rename(directory)
@@ -86,9 +91,8 @@ def write(directory: Path, job: Job, progress: Progress = lambda name, done, tot
     return reports
 
 
-def _write_shards(draft: Path, job: Job, progress: Progress) -> list[dict[str, Any]]:
+def _write_shards(draft: Path, job: Job, state: dict[str, Any], progress: Progress) -> list[dict[str, Any]]:
     plan = list(_shards(job.units, job.shard_bytes))
-    state = _resumed(draft, job)
     total, done = sum(unit.nbytes for unit in job.units), 0
     _check_room(draft, total - sum(file["bytes"] for file in state["files"].values()))
     weight_map: dict[str, str] = {}

@@ -13,6 +13,7 @@ from __future__ import annotations
 import re
 from dataclasses import dataclass
 
+from vllm_mxfp4_sm120.checkpoint.config import Sizes
 from vllm_mxfp4_sm120.checkpoint.names import respelled
 
 PEFT_PREFIX = "base_model.model."
@@ -47,6 +48,13 @@ class Piece:
     def projection(self) -> str:
         """The published tensor that it becomes a part of."""
         return "down_proj" if self.part == "down" else "gate_up_proj"
+
+
+def part_shape(part: str, sizes: Sizes) -> tuple[int, int]:
+    """[rows, K] of a part of one expert, as a linear layer has it."""
+    hidden, intermediate = sizes.hidden_size, sizes.intermediate_size
+    rows = {"gate_up": 2 * intermediate, "gate": intermediate, "up": intermediate, "down": hidden}[part]
+    return rows, intermediate if part == "down" else hidden
 
 
 def without_peft(name: str) -> str:

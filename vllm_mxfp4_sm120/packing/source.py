@@ -28,7 +28,7 @@ from vllm_mxfp4_sm120.checkpoint.tensors import (
     split_fused,
 )
 from vllm_mxfp4_sm120.packing.adapter import Adapter
-from vllm_mxfp4_sm120.packing.names import Piece, piece_of, without_peft
+from vllm_mxfp4_sm120.packing.names import Piece, part_shape, piece_of, without_peft
 
 PROJECTIONS = ("gate_up_proj", "down_proj")
 # `unpack` leaves the scales here that rounding wouldn't find again: beside the model, and not in its index.
@@ -182,12 +182,6 @@ class Source:
     def _has_codes(self, layer: int, projection: str) -> bool:
         return f"{expert_prefix(layer, projection)}_blocks" in self.tensors
 
-    def _shape(self, part: str) -> tuple[int, int]:
-        """[rows, K] of a part of one expert, as a linear layer has it."""
-        hidden, intermediate = self.sizes.hidden_size, self.sizes.intermediate_size
-        rows = {"gate_up": 2 * intermediate, "gate": intermediate, "up": intermediate, "down": hidden}[part]
-        return rows, intermediate if part == "down" else hidden
-
     def _orientation(self) -> bool | None:
         """Whether weights lie as [K, rows]. Square ones don't tell (20b's `down`): one answer for the whole checkpoint.
 
@@ -195,7 +189,7 @@ class Source:
         """
         told = set()
         for piece, info in self.pieces.items():
-            rows, k = self._shape(piece.part)
+            rows, k = part_shape(piece.part, self.sizes)
             if not piece.bias and rows != k and info.shape[-2:] in ((rows, k), (k, rows)):
                 told.add(info.shape[-2:] == (k, rows))
         if len(told) > 1:
@@ -244,7 +238,7 @@ class Source:
                 yield from self._wrong_part(Piece(layer, part, bias=bias), f"{name}{'_bias' if bias else ''}")
 
     def _wrong_part(self, piece: Piece, name: str) -> Iterator[str]:
-        rows, k = self._shape(piece.part)
+        rows, k = part_shape(piece.part, self.sizes)
         experts = self.sizes.num_experts
         stacked = piece in self.pieces
         wanted = [piece] if stacked else [replace(piece, expert=expert) for expert in range(experts)]
