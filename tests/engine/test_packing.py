@@ -1,9 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A fine-tune of the small trained model answers packed, through this plugin, as its BF16 does in vLLM's own experts."""
+"""A fine-tune of the small trained model, packed and served by this plugin, answers as its BF16 does in vLLM."""
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 
 import pytest
@@ -45,6 +44,3 @@ def test_a_packed_fine_tune_answers_as_its_bf16(tuned: Path, tmp_path: Path) -> 
     packed = generate(tmp_path / "packed", prompts, tmp_path, quantization="mxfp4_sm120", enforce_eager=True)
     assert (bf16.quantization, packed.quantization) == (None, "mxfp4_sm120")
     assert packed.worst_difference(bf16) < TOLERANCE
-    assert (
-        json.loads((tmp_path / "packed" / "config.json").read_text())["quantization_config"]["quant_method"] == "mxfp4"
-    )
