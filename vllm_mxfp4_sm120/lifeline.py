@@ -21,7 +21,7 @@ PR_SET_PDEATHSIG = 1  # linux/prctl.h
 
 
 @contextmanager
-def tied(command: Sequence[str], grace: float = 0, **options: Any) -> Iterator[subprocess.Popen]:
+def tied(command: Sequence[str], grace: float = 0, **options: Any) -> Iterator[subprocess.Popen[Any]]:
     """The command in a session of its own, `options` being Popen's; at the end it's stopped with all that it started.
 
     With `grace`, it's sent SIGINT first and has so many seconds to end by itself. Raises OSError if it can't start.
@@ -44,7 +44,7 @@ def tied(command: Sequence[str], grace: float = 0, **options: Any) -> Iterator[s
                 os.close(parent_lives)
 
 
-def _stop(child: subprocess.Popen, grace: float) -> None:
+def _stop(child: subprocess.Popen[Any], grace: float) -> None:
     try:
         if grace and child.poll() is None:
             child.send_signal(signal.SIGINT)

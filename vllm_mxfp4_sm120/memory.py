@@ -80,7 +80,7 @@ def _allocator_settings() -> str:
     """All of them, for the setter resets what it isn't told."""
     if hasattr(torch._C, "_accelerator_getAllocatorSettings"):
         return torch._C._accelerator_getAllocatorSettings()
-    return torch.cuda.memory._snapshot()["allocator_settings"]["PYTORCH_CUDA_ALLOC_CONF"]
+    return str(torch.cuda.memory._snapshot()["allocator_settings"]["PYTORCH_CUDA_ALLOC_CONF"])
 
 
 def configure_torch(capability: tuple[int, int] | None = None) -> None:

@@ -71,7 +71,8 @@ def dequantize(codes: Tensor, scales: Tensor, dtype: torch.dtype = torch.bfloat1
 
 def nonzero_blocks(codes: Tensor) -> Tensor:
     """Packed codes uint8 [..., K/2] -> bool [..., K/32]: which blocks hold anything but zeros."""
-    return (codes & 0x77).ne(0).unflatten(-1, (-1, BLOCK // 2)).any(-1)
+    nonzero: Tensor = (codes & 0x77).ne(0).unflatten(-1, (-1, BLOCK // 2)).any(-1)
+    return nonzero
 
 
 def first_outside(codes: Tensor, scales: Tensor, low: int, high: int) -> tuple[int, int, int] | None:

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from functools import lru_cache
 from importlib import metadata
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 from packaging.version import Version
@@ -140,7 +140,7 @@ class FlashInferTrtllm(Backend):
             trtllm_fp4_block_scale_moe(routing_logits=router_logits.contiguous(), **self._arguments(prepared, x, out))
         return out
 
-    def _arguments(self, prepared: Prepared, x: Tensor, out: Tensor) -> dict:
+    def _arguments(self, prepared: Prepared, x: Tensor, out: Tensor) -> dict[str, Any]:
         """What both calls take; `out` keeps the unpadded width."""
         hidden_states, hidden_states_scale = self._activations(x)
         return {
@@ -210,7 +210,8 @@ def _row_order(rows: int, device: torch.device) -> Tensor:
     """int64 [rows]: which row each place of the shuffled matrix takes, from FlashInfer itself."""
     from flashinfer.fused_moe.core import get_w2_permute_indices_with_cache
 
-    return get_w2_permute_indices_with_cache({}, torch.empty(rows, 1, dtype=torch.uint8), EPILOGUE_TILE_M).to(device)
+    order: Tensor = get_w2_permute_indices_with_cache({}, torch.empty(rows, 1, dtype=torch.uint8), EPILOGUE_TILE_M)
+    return order.to(device)
 
 
 @lru_cache

@@ -8,6 +8,7 @@ place (count first, when there are many pairs), gate-up + SwiGLU, down, combine.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -43,7 +44,7 @@ class Tiles:
     warps: int
     stages: int
 
-    def options(self) -> dict:
+    def options(self) -> dict[str, Any]:
         return {
             "BLOCK_M": self.block_m,
             "BLOCK_N": self.block_n,

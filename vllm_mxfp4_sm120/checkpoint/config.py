@@ -310,4 +310,5 @@ def _check_rope(config: Mapping[str, Any], source: str) -> None:
 
 def published_config(model: str) -> dict[str, Any]:
     """config.json of a published model as far as shapes go: "openai/gpt-oss-20b" or "openai/gpt-oss-120b"."""
-    return json.loads(config_path("models", f"{model.rpartition('/')[2]}.json").read_text())
+    config: dict[str, Any] = json.loads(config_path("models", f"{model.rpartition('/')[2]}.json").read_text())
+    return config

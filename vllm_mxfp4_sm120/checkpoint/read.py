@@ -87,7 +87,7 @@ class Checkpoint:
         info = self.tensors[name]
         assert info.file is not None
         with open_shard(info.file) as shard:
-            tensor = shard.get_tensor(info.spelling or name)
+            tensor: Tensor = shard.get_tensor(info.spelling or name)
         return tensor[slice(*info.rows)] if info.rows else tensor
 
     def _published(

@@ -37,7 +37,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             module.add_arguments(command)
     args = parser.parse_args(arguments, argparse.Namespace(passed_on=passed_on))
     try:
-        return module.run(args)
+        return int(module.run(args))
     except (ValueError, RuntimeError, OSError) as error:
         print(f"mxfp4-sm120 {args.command}: {error}", file=sys.stderr)
         return 1

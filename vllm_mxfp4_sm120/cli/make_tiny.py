@@ -117,7 +117,7 @@ def checkpoint_bytes(config: dict[str, Any]) -> int:
     biases = layer.num_experts * (2 * layer.intermediate_size + hidden)
     experts = layer.num_experts * layer.packed_bytes_per_expert
     per_layer = experts + 2 * (biases + hidden * (projections + layer.num_experts))
-    return config["num_hidden_layers"] * per_layer + 2 * 2 * vocab * hidden
+    return int(config["num_hidden_layers"] * per_layer + 2 * 2 * vocab * hidden)
 
 
 def free_on_disk(directory: Path) -> int:
@@ -204,7 +204,10 @@ class Stream:
         self.config, self.stream = config, embedding.float()
 
     def add_layer(self, tensors: dict[str, Tensor], experts: MoEWeights) -> None:
-        config, get = self.config, lambda name: tensors[name].float()
+        def get(name: str) -> Tensor:
+            return tensors[name].float()
+
+        config = self.config
         heads, kv_heads = config["num_attention_heads"], config["num_key_value_heads"]
         x = self._normed(get("input_layernorm.weight"))
         query, key, value = (

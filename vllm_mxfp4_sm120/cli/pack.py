@@ -9,6 +9,7 @@ import sys
 from collections.abc import Iterator
 from dataclasses import asdict
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -81,7 +82,7 @@ def shard_bytes(args: argparse.Namespace) -> int:
     return int(args.shard_gb * 2**30)
 
 
-def lines(projections: list[dict]) -> Iterator[str]:
+def lines(projections: list[dict[str, Any]]) -> Iterator[str]:
     """The table of errors."""
     yield f"{'layer':>5}  {'projection':12}  {'relative RMS':>12}  {'SQNR':>8}"
     for each in projections:

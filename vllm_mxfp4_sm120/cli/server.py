@@ -182,7 +182,8 @@ class Server:
         body = {"model": model, "prompt": prompt, "max_tokens": max_tokens, "temperature": 0, **options}
         try:
             with self._open("/v1/completions", json.dumps(body).encode(), timeout=600) as response:
-                return json.load(response)
+                answer: dict[str, Any] = json.load(response)
+                return answer
         except urllib.error.HTTPError as error:
             said = error.read(1000).decode(errors="replace")
             raise RuntimeError(
@@ -222,7 +223,7 @@ def _bind(host: str, port: int) -> int:
     with socket.socket(family, kind, protocol) as probe:
         probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)  # connections that ended a moment ago don't count
         probe.bind(address)
-        return probe.getsockname()[1]
+        return int(probe.getsockname()[1])
 
 
 def check_port(host: str, port: int) -> None:

@@ -154,7 +154,8 @@ class Adapter:
 
     def _read(self, name: str) -> Tensor:
         with open_shard(self.file) as shard:
-            return shard.get_tensor(name)
+            tensor: Tensor = shard.get_tensor(name)
+        return tensor
 
 
 def _scaling(config: Mapping[str, Any], directory: Path) -> float:

@@ -273,12 +273,14 @@ class Source:
     def _read(self, info: TensorInfo) -> Tensor:
         assert info.file is not None and info.spelling is not None
         with open_shard(info.file) as shard:
-            return shard.get_tensor(info.spelling)
+            tensor: Tensor = shard.get_tensor(info.spelling)
+        return tensor
 
     def _slice(self, info: TensorInfo, index: int) -> Tensor:
         assert info.file is not None and info.spelling is not None
         with open_shard(info.file) as shard:
-            return shard.get_slice(info.spelling)[index]
+            part: Tensor = shard.get_slice(info.spelling)[index]
+        return part
 
     def _slice_rows(self, info: TensorInfo) -> Tensor:
         tensor = self._read(info)

@@ -111,7 +111,7 @@ def outlier_columns(shape: MoEShape) -> Tensor:
 def relative_error(answer: Tensor, right: Tensor) -> float:
     """The worst token's (Frobenius), for a large one would hide all others. NaN for a NaN anywhere."""
     error, size = (answer.double() - right).norm(dim=1), right.norm(dim=1)
-    return (error / size.clamp(min=torch.finfo(torch.float64).tiny)).max().item()
+    return float((error / size.clamp(min=torch.finfo(torch.float64).tiny)).max())
 
 
 def solve(backend: type[Backend], shape: MoEShape, device: torch.device | str) -> Proof:

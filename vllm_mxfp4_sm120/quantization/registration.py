@@ -6,6 +6,7 @@ from __future__ import annotations
 from vllm_mxfp4_sm120 import NAME
 from vllm_mxfp4_sm120.quantization import model_config
 from vllm_mxfp4_sm120.quantization.config import Mxfp4Sm120Config
+from vllm_mxfp4_sm120.quantization.features import GPT_OSS
 from vllm_mxfp4_sm120.quantization.vllm_symbols import (
     MODELS_CONFIG_MAP,
     QUANTIZATION_METHODS,
@@ -22,4 +23,4 @@ def register() -> None:
     if NAME not in QUANTIZATION_METHODS:
         register_quantization_config(NAME)(Mxfp4Sm120Config)
     ModelRegistry.register_model(model_config.ARCHITECTURE, MODEL)
-    MODELS_CONFIG_MAP[model_config.GPT_OSS] = model_config.GptOssConfig
+    MODELS_CONFIG_MAP[GPT_OSS] = model_config.GptOssConfig

@@ -88,7 +88,8 @@ class Native(Backend):
         return self._layer(prepared, x, router_logits.contiguous(), None, None, expert_map)
 
     def router_logits(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-        return torch.ops.mxfp4_sm120.router_logits(x, weight, bias)
+        logits: Tensor = torch.ops.mxfp4_sm120.router_logits(x, weight, bias)
+        return logits
 
     def _layer(
         self,
@@ -99,7 +100,7 @@ class Native(Backend):
         topk_weights: Tensor | None,
         expert_map: Tensor | None,
     ) -> Tensor:
-        return torch.ops.mxfp4_sm120.moe_layer(
+        out: Tensor = torch.ops.mxfp4_sm120.moe_layer(
             x.contiguous(),
             prepared["w13"],
             prepared["w2"],
@@ -114,6 +115,7 @@ class Native(Backend):
             self.shape.activation is Activation.SWIGLU_OAI,
             BY_RULE,
         )
+        return out
 
 
 def _narrowed(ids: Tensor) -> Tensor:

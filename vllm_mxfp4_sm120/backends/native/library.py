@@ -60,13 +60,13 @@ def _load() -> str:
     torch.ops.load_library(LIBRARY)
     torch.library.register_fake("mxfp4_sm120::moe_layer", _fake_moe_layer)
     torch.library.register_fake("mxfp4_sm120::router_logits", _fake_router_logits)
-    architectures = torch.ops.mxfp4_sm120.architectures()
+    architectures = str(torch.ops.mxfp4_sm120.architectures())
     if architectures == "stub":
         warnings.warn(f"{LIBRARY} is a stub: its output is zeros, never an answer", stacklevel=2)
     return architectures
 
 
-def _fake_moe_layer(x: Tensor, *arguments) -> Tensor:
+def _fake_moe_layer(x: Tensor, *arguments: object) -> Tensor:
     return torch.empty_like(x)
 
 
