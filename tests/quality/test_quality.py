@@ -1,0 +1,89 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The small model through the engine: as good as transformers' with every backend, and worse with every fault."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+from quality import SMALL
+
+from tests.quality.faults import (
+    FAULTS,
+    KL_MEAN_BOUND,
+    KL_P99_BOUND,
+    MEASURED,
+    NO_FAULT,
+    PERPLEXITY_BOUND,
+    README,
+    moved,
+    perplexity_change,
+    render,
+)
+
+ROOT = Path(__file__).parents[2]
+# One thread is faster for matrices as small as this model's. Nothing may reach for the network.
+ENV = {"OMP_NUM_THREADS": "1", "VLLM_CPU_OMP_THREADS_BIND": "nobind", "HF_HUB_OFFLINE": "1", "VLLM_NO_USAGE_STATS": "1"}
+
+
+@pytest.fixture(scope="module")
+def found(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    """What judge.py says, in a process of its own."""
+    folder = tmp_path_factory.mktemp("quality")
+    path = os.pathsep.join([str(ROOT), str(ROOT / "benchmarks"), os.environ.get("PYTHONPATH", "")])
+    with (folder / "log").open("w") as log:
+        subprocess.run(
+            [sys.executable, "-m", "tests.quality.judge", str(folder / "found.json")],
+            cwd=ROOT,
+            check=True,
+            stdout=log,
+            stderr=subprocess.STDOUT,
+            timeout=900,
+            env={**os.environ, **ENV, "PYTHONPATH": path},
+        )
+    return json.loads((folder / "found.json").read_text())
+
+
+@pytest.mark.parametrize("backend", ["auto", "tiled", "upcast", "reference"])
+def test_a_backend_is_as_good_as_transformers(found: dict[str, Any], backend: str) -> None:
+    figures = found["backends"][backend]
+    assert abs(perplexity_change(figures)) < PERPLEXITY_BOUND
+    assert figures["kl_mean"] < KL_MEAN_BOUND and figures["kl_p99"] < KL_P99_BOUND
+
+
+def test_what_is_recorded_is_what_the_engine_answers_with(found: dict[str, Any]) -> None:
+    """Row for row: in any other order perplexity would be thousands."""
+    assert found["backends"]["auto"]["perplexity_b"] == pytest.approx(found["own_perplexity"], rel=1e-5)
+
+
+@pytest.mark.parametrize("fault", FAULTS, ids=lambda fault: fault.name)
+def test_a_fault_is_seen(found: dict[str, Any], fault: Any) -> None:
+    assert moved(found["faults"][fault.name])
+
+
+def test_no_fault_is_none(found: dict[str, Any]) -> None:
+    """Built and put in the same way, from unchanged source."""
+    assert not moved(found["faults"][NO_FAULT])
+
+
+def test_the_table_is_what_is_measured(found: dict[str, Any]) -> None:
+    """On another CPU rounding differs: a tenth of a figure, and what no fault moves, are left to it."""
+    measured = json.loads(MEASURED.read_text())
+    assert README.read_text() == render(measured), "PYTHONPATH=.:benchmarks python -m tests.quality.judge"
+    assert set(measured) == set(found["faults"])
+    for name, figures in measured.items():
+        for key, room in (("perplexity_b", PERPLEXITY_BOUND), ("kl_mean", KL_MEAN_BOUND), ("kl_p99", KL_P99_BOUND)):
+            assert figures[key] == pytest.approx(found["faults"][name][key], rel=0.1, abs=room), (name, key)
+
+
+def test_the_first_completion_is_in_words_of_the_text(found: dict[str, Any]) -> None:
+    known = set(re.findall(r"[a-z]+", (SMALL / "heldout.txt").read_text().lower()))
+    words = re.findall(r"[a-z]+", found["completion"].lower())
+    assert len(set(words)) >= 10
+    assert sum(word in known for word in words) >= 0.9 * len(words)
