@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """The logits of every position of some windows of text, computed by a vLLM engine or by transformers, into a file.
 
-A program of its own, so that every setting has a process, and a GPU, to itself: `python quality_logits.py TASK OUT`
-with TASK as JSON {"setting": [words], "model": path, "windows": [[token id]]}. OUT gets the logits as they were
-computed, [windows * (window - 1), vocabulary] without a header, and OUT.json what they are (`Logits`).
+A program of its own, so that every setting has a process, and a GPU, to itself: `python quality_logits.py OUT`, with
+JSON {"setting": [words], "model": path, "windows": [[token id]]} on stdin. OUT gets the logits as they were computed,
+[windows * (window - 1), vocabulary] without a header, and OUT.json what they are (`Logits`).
 """
 
 from __future__ import annotations
@@ -188,7 +188,7 @@ def load_transformers(model: str, dtype: str = "bfloat16", device: str = "cpu", 
     packed = getattr(AutoConfig.from_pretrained(model), "quantization_config", None)
     how = {"quantization_config": Mxfp4Config(dequantize=True)} if packed else {}
     how |= {"attn_implementation": "eager", "experts_implementation": "eager", "dtype": torch.bfloat16} | arguments
-    # transformers dequantizes to BF16 whatever dtype is asked for. That is exact: a value has 2 significant bits at most.
+    # transformers dequantizes to BF16 whatever dtype is asked for. That is exact: no value has over 2 significant bits.
     loaded = GptOssForCausalLM.from_pretrained(model, **how)
     return loaded.to(device=device, dtype=getattr(torch, dtype)).eval()
 
@@ -197,7 +197,7 @@ def main() -> None:
     # By name, for the engine's processes can't find __main__'s functions.
     from quality_logits import record_engine, record_transformers, start_engine
 
-    task, path = json.loads(sys.argv[1]), Path(sys.argv[2])
+    task, path = json.load(sys.stdin), Path(sys.argv[1])
     setting, windows = Setting.parse(task["setting"]), task["windows"]
     if setting.by_transformers:
         logits = record_transformers(load_transformers(task["model"], **setting.arguments), windows, path)
