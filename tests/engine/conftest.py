@@ -36,6 +36,7 @@ class Answers:
     logprobs: list[list[float]]
     quantization: str | None = None
     layers: Sequence[dict[str, list]] = ()
+    scores: Sequence[list[float]] = ()
     cached: int = 0
     metrics: Mapping[str, float] = field(default_factory=dict)
 
@@ -54,6 +55,7 @@ def generate(
     env: dict[str, str] | None = None,
     vllm_routes: bool = False,
     rounds: int = 1,
+    score: bool = False,
     **engine: Any,
 ) -> Answers:
     """Greedy answers of an engine in a process of its own. Raises CalledProcessError, its log being in `directory`."""
@@ -62,7 +64,7 @@ def generate(
         ranks = {"VLLM_ENABLE_V1_MULTIPROCESSING": "0"}  # one process is enough, and starts in half of the time
     else:
         ranks = ONE_OF_SEVERAL
-    task = {"engine": engine, "prompts": prompts, "max_tokens": MAX_TOKENS, "rounds": rounds}
+    task = {"engine": engine, "prompts": prompts, "max_tokens": MAX_TOKENS, "rounds": rounds, "score": score}
     task["vllm_routes"] = vllm_routes
     result = directory / "answers.json"
     with (directory / "engine.log").open("w") as log:

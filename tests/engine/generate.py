@@ -3,9 +3,12 @@
 
 Run as a module, from the repository's root.
 
-Task: {"engine": LLM's keyword arguments, "prompts": [[token id]], "max_tokens": n, "rounds": n, "vllm_routes": bool}.
+Task: {"engine": LLM's keyword arguments, "prompts": [[token id]], "max_tokens": n, "rounds": n, "vllm_routes": bool,
+"score": bool}.
 Result: {"quantization": ..., "layers": [{layer: [method, backend, bytes]} per rank], "tokens": [[id]],
-"logprobs": [[x]], "cached": prompt tokens that were not computed again, "metrics": {vLLM's name: its counter}};
+"logprobs": [[x]], "scores": [[log-probability of each prompt token but the first]],
+"cached": prompt tokens that were not computed again,
+"metrics": {vLLM's name: its counter}};
 the tokens and what follows them are those of the last round.
 """
 
@@ -51,6 +54,7 @@ def main() -> None:
     if task["vllm_routes"]:
         llm.apply_model(let_vllm_route)
     sampling = SamplingParams(temperature=0.0, max_tokens=task["max_tokens"], ignore_eos=True, logprobs=0)
+    sampling.prompt_logprobs = 0 if task["score"] else None
     prompts = [{"prompt_token_ids": ids} for ids in task["prompts"]]
     for _ in range(task["rounds"]):
         requests = llm.generate(prompts, sampling, use_tqdm=False)
@@ -63,6 +67,11 @@ def main() -> None:
         "logprobs": [
             [step[token].logprob for step, token in zip(output.logprobs, output.token_ids, strict=True)]
             for output in outputs
+        ],
+        "scores": [
+            [step[token].logprob for step, token in zip(r.prompt_logprobs[1:], r.prompt_token_ids[1:], strict=True)]
+            for r in requests
+            if task["score"]
         ],
         "cached": sum(request.num_cached_tokens or 0 for request in requests),
         "metrics": {m.name: m.value for m in llm.get_metrics() if hasattr(m, "value")} if counted else {},
