@@ -23,7 +23,8 @@ from typing import Any
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
-from vllm_mxfp4_sm120 import envs  # noqa: E402
+from vllm_mxfp4_sm120 import settings as all_settings  # noqa: E402
+from vllm_mxfp4_sm120.backends import registry  # noqa: E402
 
 DATA = ROOT / "docs" / "data"
 KERNELS = ROOT / "kernels" / "csrc"
@@ -60,13 +61,35 @@ def bold_best(row: list[Any], compared: Sequence[int], best: str | None) -> list
 
 
 def settings() -> str:
-    """Every environment variable, from the table that the code reads."""
+    """Every setting, from the table that the code reads."""
 
     def shown(default: object) -> object:
         return "" if default is None else int(default) if isinstance(default, bool) else default
 
-    rows = [(f"`{each.name}`", shown(each.default), each.kind.accepted, each.meaning) for each in envs.TABLE]
-    return table(("variable", "default", "accepted", "meaning"), rows)
+    rows = [
+        (
+            f"`{each.name}`",
+            shown(each.default),
+            each.kind.accepted,
+            each.meaning,
+            f"`{each.key}`" if each.in_json else "",
+        )
+        for each in all_settings.TABLE
+    ]
+    return table(("variable", "default", "accepted", "meaning", "in `--additional-config`"), rows)
+
+
+def cards() -> str:
+    """In which order backends are tried, by family of cards, from the registry."""
+    families = {
+        "SM 12.x (RTX 50, RTX PRO 6000 Blackwell, GB10)": 120,
+        "SM 10.x (B200, B300)": 100,
+        "SM 9.0 (H100, H200)": 90,
+        "SM 8.x (A100, L40S, RTX 30, RTX 40)": 80,
+        "CPU": 0,
+    }
+    rows = [(card, ", ".join(f"`{name}`" for name in registry.automatic(family))) for card, family in families.items()]
+    return table(("card", "in this order"), rows)
 
 
 def refusals() -> str:
@@ -124,6 +147,7 @@ def configurations() -> str:
 
 FROM_CODE: dict[str, Callable[[], str]] = {
     "settings": settings,
+    "cards": cards,
     "refusals": refusals,
     "modules": modules,
     "sources": sources,

@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 from tests.docs.pages import PAGES, ROOT, Page
+from vllm_mxfp4_sm120.backends import registry
 
 DOCS = runpy.run_path(str(ROOT / "scripts" / "docs.py"))
 WITH_BLOCKS = [page for page in PAGES if DOCS["BLOCK"].search(page.text)]
@@ -22,6 +23,11 @@ def test_tables_are_up_to_date(page: Page) -> None:
 def test_every_marker_and_every_file_of_data_is_used() -> None:
     used = [name for page in PAGES for name, _ in DOCS["BLOCK"].findall(page.text)]
     assert sorted(used) == sorted([*DOCS["FROM_CODE"], *(path.stem for path in DOCS["DATA"].glob("*.json"))])
+
+
+def test_every_backend_has_its_row() -> None:
+    rows = Page(ROOT / "docs" / "backends.md").first_cells()
+    assert tuple(name for name in rows if name in registry.NAMES) == registry.NAMES
 
 
 def test_the_best_of_a_row_is_bold() -> None:
