@@ -14,6 +14,7 @@ import importlib
 import importlib.util
 import inspect
 import io
+import itertools
 import json
 import re
 import runpy
@@ -33,22 +34,22 @@ PYTHON_BLOCKS = [(page, block) for page in PAGES for block in page.blocks("pytho
 
 
 def commands(page: Page) -> list[list[str]]:
-    """Each command's words, without variables that are set in front of it."""
+    """Each command's words."""
     lines = [line for block in page.blocks("sh") for line in block.replace("\\\n", " ").splitlines()]
     messages = page.first_cells() if page.path.name == "troubleshooting.md" else []
-    lines += [
-        span
-        for span in page.spans()
-        if span.split(" ", 1)[0] in CHECKS and " " in span and "…" not in span and span not in messages
-    ]
-    found = []
-    for line in lines:
+    spans = [span for span in page.spans() if "…" not in span and span not in messages]
+    shown = [words_of(line) for line in lines]
+    shown += [words for words in map(words_of, spans) if words[:1] and words[0] in CHECKS and len(words) > 1]
+    return [words for words in shown if words]
+
+
+def words_of(line: str) -> list[str]:
+    """Without comments, and without variables that are set in front. A line of text, with an apostrophe, has none."""
+    try:
         words = shlex.split(line, comments=True)
-        while words and re.fullmatch(r"[A-Z][A-Z0-9_]*=.*", words[0]):
-            words.pop(0)
-        if words:
-            found.append(words)
-    return found
+    except ValueError:
+        return []
+    return list(itertools.dropwhile(lambda word: re.fullmatch(r"[A-Z][A-Z0-9_]*=.*", word), words))
 
 
 def make(arguments: Sequence[str], config: pytest.Config) -> None:
