@@ -1,7 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """The CUDA library in the wheel. Everything else about the package is in pyproject.toml."""
 
-import os
 import platform
 import re
 import runpy
@@ -28,9 +27,7 @@ class BuildPy(build_py):
         if not KERNELS["wanted"]():
             print(f"no GPU, or {KERNELS['SWITCH']}=0: without the CUDA library", file=sys.stderr)
             return
-        # 1 asks for a library that others can use, too.
-        for_cards = None if os.environ.get(KERNELS["SWITCH"]) == "1" else KERNELS["cards"]()
-        KERNELS["build"](target / KERNELS["NAME"], for_cards)
+        KERNELS["build"](target / KERNELS["NAME"], KERNELS["target_cards"]())
 
 
 class Wheel(bdist_wheel):

@@ -23,21 +23,32 @@ SWITCH = "MXFP4_SM120_BUILD"
 # CUDA 13's compiler as the package index has it: nvcc itself, the C++ headers it includes, the runtime that is linked.
 NVCC_PACKAGES = ("nvidia-cuda-nvcc>=13", "nvidia-cuda-cccl>=13", "nvidia-cuda-runtime>=13")
 OLDEST_CARD = (8, 0)  # BF16 tensor cores begin there
+NEWEST_CARD = "12.1"
+CHOICES = ("CMAKE_CUDA_ARCHITECTURES", "TORCH_CUDA_ARCH_LIST")  # these choose other cards than all supported ones
+OLDEST_DRIVER = 580  # of CUDA 13: its runtime, which is linked in, refuses older ones
 
 
 class CannotBuild(SystemExit):
     """One line that says why and what to do. pip shows the last line of a build that ends so."""
 
+    def __init__(self, why: str) -> None:
+        super().__init__(f"vllm-mxfp4-sm120: the CUDA library can't be built: {why}")
+
 
 def cards() -> list[str]:
     """The capabilities of this machine's GPUs, such as ["12.0"], as far as the kernels run on them."""
+    found = {tuple(map(int, capability.split("."))) for capability, _ in _gpus()}
+    return [f"{major}.{minor}" for major, minor in sorted(found) if (major, minor) >= OLDEST_CARD]
+
+
+def _gpus() -> list[tuple[str, str]]:
+    """Capability and the driver's major version of each GPU."""
     smi = shutil.which("nvidia-smi")
     if smi is None:
         return []
-    query = [smi, "--query-gpu=compute_cap", "--format=csv,noheader"]
+    query = [smi, "--query-gpu=compute_cap,driver_version", "--format=csv,noheader"]
     listed = subprocess.run(query, capture_output=True, text=True, check=False).stdout
-    found = {tuple(map(int, text.split("."))) for text in re.findall(r"^\d+\.\d+$", listed, re.MULTILINE)}
-    return [f"{major}.{minor}" for major, minor in sorted(found) if (major, minor) >= OLDEST_CARD]
+    return re.findall(r"^(\d+\.\d+), (\d+)\.", listed, re.MULTILINE)
 
 
 def wanted() -> bool:
@@ -48,48 +59,58 @@ def wanted() -> bool:
     return switch == "1" or (switch == "" and bool(cards()))
 
 
+def target_cards() -> list[str] | None:
+    """Whom an installation builds for: this machine's cards, or with `MXFP4_SM120_BUILD=1` (None) all supported."""
+    return None if os.environ.get(SWITCH) == "1" else cards()
+
+
 def requirements() -> list[str]:
     """What pip has to put into its build environment. Raises CannotBuild where that wouldn't be enough."""
-    if not wanted():
-        return []
-    if host_compiler() is None:
-        raise CannotBuild(no_host_compiler())
-    needed = [] if nvcc() else list(NVCC_PACKAGES)
-    needed += [tool for tool in ("cmake", "ninja") if shutil.which(tool) is None]
-    return needed if torch_folder() else [*needed, "torch>=2.11"]
+    return missing(target_cards()) if wanted() else []
 
 
-def why_not() -> str | None:
-    """One line saying why the library can't be built here and what to do, None if it can."""
+def missing(for_cards: list[str] | None = None) -> list[str]:
+    """What of the package index completes this machine's tools. Raises CannotBuild where that isn't enough."""
     if host_compiler() is None:
-        return no_host_compiler()
-    if nvcc() is None:
-        return "nvcc isn't on PATH, under CUDA_HOME or among Python's packages: pip install " + " ".join(
-            f"'{package}'" for package in NVCC_PACKAGES
-        )
-    if shutil.which("cmake") is None:
-        return "cmake isn't on PATH: pip install cmake ninja"
+        without = f"or install without the CUDA library, which leaves the slower backends: {SWITCH}=0"
+        raise CannotBuild(f"no C++ compiler is on PATH: install g++ (apt install g++), {without}")
+    needed = [tool for tool in ("cmake", "ninja") if shutil.which(tool) is None]
     if torch_folder() is None:
-        return f"{sys.prefix} has no torch, whose headers are needed: pip install 'torch>=2.11'"
-    return None
+        needed.append("torch>=2.11")
+    if nvcc(for_cards) is None:
+        drivers = [int(driver) for _, driver in _gpus()]
+        if for_cards and min(drivers, default=OLDEST_DRIVER) < OLDEST_DRIVER:
+            raise CannotBuild(
+                f"the driver is {min(drivers)}, and CUDA 13, whose nvcc the package index has, needs {OLDEST_DRIVER}: "
+                f"update it, or put an nvcc of CUDA 12.8 or 12.9 that knows {' and '.join(for_cards)} on PATH"
+            )
+        needed += NVCC_PACKAGES
+    return needed
 
 
 def host_compiler() -> str | None:
     return os.environ.get("CXX") or shutil.which("c++") or shutil.which("g++") or shutil.which("clang++")
 
 
-def no_host_compiler() -> str:
-    return "no C++ compiler is on PATH: install g++ (apt install g++), or install without the CUDA library, " + (
-        f"which leaves the slower backends: {SWITCH}=0"
-    )
-
-
-def nvcc() -> str | None:
-    """nvcc's path: the machine's own, else the one from the package index."""
-    homes = [home for home in (os.environ.get("CUDA_HOME"), "/usr/local/cuda") if home]
+def nvcc(for_cards: list[str] | None = None) -> str | None:
+    """The path of an nvcc that knows these cards: the machine's own, else the one from the package index."""
+    if named := os.environ.get("CUDACXX"):
+        return named
+    home = os.environ.get("CUDA_HOME") or "/usr/local/cuda"
     packaged = [str(nvcc.parent) for folder in sys.path for nvcc in Path(folder or ".").glob("nvidia/cu*/bin/nvcc")]
-    places = [os.environ.get("PATH", ""), *(f"{home}/bin" for home in homes), *packaged]
-    return os.environ.get("CUDACXX") or shutil.which("nvcc", path=os.pathsep.join(places))
+    for place in (*os.get_exec_path(), f"{home}/bin", *packaged):
+        found = shutil.which("nvcc", path=place)
+        if found and _knows(found, for_cards):
+            return found
+    return None
+
+
+def _knows(nvcc: str, cards: list[str] | None) -> bool:
+    """A distribution's own nvcc may be older than the card that it is to compile for."""
+    if cards is None:
+        cards = [] if any(map(os.environ.get, CHOICES)) else [NEWEST_CARD]
+    known = subprocess.run([nvcc, "--list-gpu-arch"], capture_output=True, text=True, check=False).stdout.split()
+    return all(f"compute_{card.replace('.', '')}" in known for card in cards)
 
 
 def torch_folder() -> Path | None:
@@ -112,19 +133,22 @@ def build(output: Path, for_cards: list[str] | None = None, scratch: Path | None
     """Build the library to `output` and return it; a half-built one never stands there.
 
     `for_cards` (capabilities) None compiles for all that are supported, unless TORCH_CUDA_ARCH_LIST or
-    CMAKE_CUDA_ARCHITECTURES choose. Raises CannotBuild, and CalledProcessError where compiling fails.
+    CMAKE_CUDA_ARCHITECTURES choose. Raises CannotBuild.
     """
-    reason = why_not()
-    if reason is not None:
-        raise CannotBuild(f"vllm-mxfp4-sm120: the CUDA library can't be built: {reason}")
-    environment = {**os.environ, "PYTHON": sys.executable, "CUDACXX": str(nvcc())}
-    if for_cards and not os.environ.get("TORCH_CUDA_ARCH_LIST"):
+    if lacking := missing(for_cards):
+        raise CannotBuild(f"{lacking[0]} isn't here: pip install {' '.join(map(repr, lacking))}")
+    environment = {**os.environ, "PYTHON": sys.executable, "CUDACXX": str(nvcc(for_cards))}
+    if for_cards and not any(map(os.environ.get, CHOICES)):
         environment["TORCH_CUDA_ARCH_LIST"] = " ".join(for_cards)
     output.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix="mxfp4-sm120-build-") as own:
         environment["BUILD_DIR"] = str(scratch or own)
         command = ["bash", str(KERNELS / "build.sh"), "-o", str(output), "--", f"-DTORCH={torch_folder()}"]
-        subprocess.run(command, check=True, env=environment)
+        if status := subprocess.run(command, check=False, env=environment).returncode:
+            raise CannotBuild(
+                f"the compiler failed (exit status {status}), its messages stand above; {SWITCH}=0 "
+                "installs without the library"
+            )
     return output
 
 

@@ -27,7 +27,7 @@ void expect_usable(const torch::stable::Tensor& x) {
   }();
   if (!allowed)
     throw std::runtime_error(
-        "mxfp4_sm120: this library is the stub, which computes nothing; build the kernels with kernels/build.sh, "
+        "mxfp4_sm120: this library is the stub, which computes nothing; build the kernels with mxfp4-sm120 build, "
         "or set MXFP4_SM120_ALLOW_STUB_KERNEL=1 to get zeros");
   if (!x.is_cpu())
     throw std::runtime_error("mxfp4_sm120: x is not on the CPU, where alone the stub gives zeros; build the kernels");

@@ -341,13 +341,12 @@ print(why_not(gpu, shape))
     assert result.stdout.splitlines() == [
         "it needs an NVIDIA GPU",
         "None",
-        "_native.so is built for 80-real 90-real 120-real 121-real, not for sm_100: "
-        "build it with TORCH_CUDA_ARCH_LIST=10.0 kernels/build.sh",
+        "_native.so is built for 80-real 90-real 120-real 121-real, not for sm_100: run mxfp4-sm120 build",
         "hidden size 48 isn't a multiple of 32 up to 7168",
         "intermediate size 7200 isn't a multiple of 32 up to 7168",
         "257 experts are more than 256",
         "9 experts per token are more than 8",
-        "the CUDA library isn't built: run kernels/build.sh, or install this package where nvcc is",
+        "the CUDA library isn't built: run mxfp4-sm120 build",
     ], result.stderr
 
 

@@ -13,7 +13,7 @@ GPT_OSS = MoEShape(32, 32, 2880, 2880, 4)
 EVERY_CARD = "80-real 86-real 89-real 90-real 100-real 120-real 120-virtual"
 
 # What the reasons say, so that the table below can be read.
-NOT_BUILT = "the CUDA library isn't built: run kernels/build.sh, or install this package where nvcc is"
+NOT_BUILT = "the CUDA library isn't built: run mxfp4-sm120 build"
 NO_FLASHINFER = "FlashInfer is not installed (pip install flashinfer-python)"
 NO_TRITON = "Triton is not installed"
 NO_SM120 = "FlashInfer 0.7.2 has these kernels for SM 10.x only, none for sm_120"
@@ -53,6 +53,7 @@ def install(monkeypatch, flashinfer=None, has_triton=True, library=EVERY_CARD, f
     monkeypatch.setattr(flashinfer_trtllm, "_import_error", lambda: None)
     monkeypatch.setattr(triton, "triton", SimpleNamespace() if has_triton else None)
     monkeypatch.setattr(native_library, "LIBRARY", SimpleNamespace(name="_native.so", exists=lambda: bool(library)))
+    monkeypatch.setattr(native_library, "cached", lambda capability: None)
     monkeypatch.setattr(native_library, "load", lambda: library)
     monkeypatch.setattr(native_library, "limits", lambda: native_library.Limits(256, 8, 7168, 8192, 64))
     monkeypatch.setattr(proof, "why_not", lambda backend, machine, shape: dict(failing).get(backend.name))

@@ -44,7 +44,7 @@ CHOSEN = [
      f"MXFP4 experts on RTX 5090 (sm_120): native; not triton: {NO_TRITON}"),
     ("RTX 5090", {"library": "80-real 90-real"}, {}, None, {},
      "MXFP4 experts on RTX 5090 (sm_120): triton; not native: _native.so is "
-     "built for 80-real 90-real, not for sm_120: build it with TORCH_CUDA_ARCH_LIST=12.0 kernels/build.sh"),
+     "built for 80-real 90-real, not for sm_120: run mxfp4-sm120 build"),
     ("RTX PRO 6000", {"failing": FAIL_NATIVE}, {}, None, {},
      "MXFP4 experts on RTX PRO 6000 (sm_120): triton; not native: "
      "its process died (killed by SIGSEGV): it said nothing"),
@@ -74,7 +74,7 @@ CHOSEN = [
     ("L40S", {}, {}, None, {}, "MXFP4 experts on L40S (sm_89): native"),
     ("Thor", {}, {}, None, {},
      "MXFP4 experts on Thor (sm_110): triton; not native: _native.so is built for 80-real 86-real 89-real 90-real "
-     "100-real 120-real 120-virtual, not for sm_110: build it with TORCH_CUDA_ARCH_LIST=11.0 kernels/build.sh"),
+     "100-real 120-real 120-virtual, not for sm_110: run mxfp4-sm120 build"),
     ("cpu", {}, {}, None, {}, "MXFP4 experts on cpu (cpu): tiled"),
     ("cpu", {}, {"USE_TRITON": "1"}, None, {},
      "MXFP4 experts on cpu (cpu): tiled; not triton: Triton needs an NVIDIA GPU"),

@@ -1,18 +1,21 @@
 # SPDX-License-Identifier: Apache-2.0
-"""`mxfp4-sm120 build`: compile the CUDA library for this machine's card into the installed package."""
+"""`mxfp4-sm120 build`: compile the CUDA library for this machine's card, with tools from the package index."""
 
 from __future__ import annotations
 
 import argparse
+import importlib.util
 import os
 import runpy
+import shutil
 import subprocess
 import sys
 import tempfile
+from collections.abc import Sequence
 from pathlib import Path
 
-import vllm_mxfp4_sm120
 from vllm_mxfp4_sm120.backends.native import library
+from vllm_mxfp4_sm120.cache import make_folder, others_may_write
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -20,33 +23,72 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    """Returns 0. Raises RuntimeError where nothing can be compiled or the compiler fails."""
-    kernels = runpy.run_path(str(kernels_folder() / "setup.py"))
-    cards = None if args.all else kernels["cards"]()
-    if not args.all and not cards:
-        raise RuntimeError("no NVIDIA GPU of compute capability 8.0 or newer is here: --all compiles for every card")
-    with tempfile.TemporaryDirectory(prefix="mxfp4-sm120-nvcc-") as toolkit:
-        if kernels["nvcc"]() is None:
-            print("fetching nvcc from the package index", flush=True)
-            # Apart from the environment's packages: torch may depend on other versions of them.
-            pip = [sys.executable, "-m", "pip", "install", "--quiet", "--target", toolkit, *kernels["NVCC_PACKAGES"]]
-            if subprocess.run(pip, check=False).returncode:
-                raise RuntimeError("pip could not install nvcc, see above: put a CUDA toolkit's nvcc on PATH")
-            sys.path.append(toolkit)
+    """Returns 0. Raises RuntimeError where nothing can be compiled or the compiler fails, OSError for a full disk."""
+    kernels = runpy.run_path(str(library.sources() / "setup.py"))
+    try:
+        here = kernels["cards"]()
+        if not here and not args.all:
+            raise RuntimeError("no NVIDIA GPU from sm_80 on is here: --all compiles for every card")
+        cards = None if args.all else here
+        targets = places(here)
         print(f"compiling for {' '.join(cards) if cards else 'every supported card'}", flush=True)
-        try:
-            kernels["build"](library.LIBRARY, cards)
-        except subprocess.CalledProcessError as error:
-            status = error.returncode
-            raise RuntimeError(f"compiling failed, exit status {status}: the compiler's messages stand above") from None
-        except SystemExit as error:
-            raise RuntimeError(str(error)) from None
-    print(f"built {os.fspath(library.LIBRARY)}")
+        with tempfile.TemporaryDirectory(prefix="mxfp4-sm120-build-") as tools:
+            fetch(kernels["missing"](cards), Path(tools))
+            kernels["build"](targets[0], cards)
+    except SystemExit as error:  # kernels/setup.py also runs inside pip
+        raise RuntimeError(str(error)) from None
+    finish(targets, here)
+    print(f"built {' '.join(map(os.fspath, targets))}")
     return 0
 
 
-def kernels_folder() -> Path:
-    """The sources: inside the package when installed, beside it in the repository."""
-    package = Path(vllm_mxfp4_sm120.__file__).parent
-    inside = package / "kernels"
-    return inside if inside.is_dir() else package.parent / "kernels"
+def places(cards: Sequence[str]) -> list[Path]:
+    """Where the library goes: into the package, else for each card into the cache directory.
+
+    Raises RuntimeError where neither can be, OSError where the cache directory can't be made.
+    """
+    package = library.LIBRARY.parent
+    if os.access(package, os.W_OK):
+        return [library.LIBRARY]
+    cached = [path for path in map(_cached, cards) if path is not None]
+    if not cached:
+        raise RuntimeError(f"{package} can't be written, and there is no cache directory or no GPU to build for it")
+    folder = cached[0].parent
+    make_folder(folder)
+    if distrusted := others_may_write(folder):
+        raise RuntimeError(f"{distrusted}: no code would be loaded from {folder}, MXFP4_SM120_CACHE_DIR names another")
+    return cached
+
+
+def finish(targets: Sequence[Path], cards: Sequence[str]) -> None:
+    """The first of the targets has been built: the others are copies, and what is older isn't found any more."""
+    targets[0].chmod(0o644)  # whatever the umask is: what others may write isn't loaded
+    for other in targets[1:]:
+        draft = other.with_suffix(".part")
+        shutil.copy(targets[0], draft)
+        os.replace(draft, other)
+    if targets[0] == library.LIBRARY:
+        for path in map(_cached, cards):
+            if path is not None:
+                path.unlink(missing_ok=True)
+
+
+def fetch(packages: Sequence[str], tools: Path) -> None:
+    """Put packages into `tools`, apart from the environment's: torch may depend on other versions of them."""
+    if not packages:
+        return
+    print(f"fetching {' '.join(packages)}", flush=True)
+    installer = [sys.executable, "-m", "pip"] if importlib.util.find_spec("pip") else [shutil.which("uv"), "pip"]
+    if None in installer:
+        raise RuntimeError(f"neither pip nor uv is here to fetch {' '.join(packages)}: put nvcc and cmake on PATH")
+    command = [*installer, "install", "--quiet", "--target", str(tools), *packages]
+    if subprocess.run(command, check=False).returncode:
+        raise RuntimeError(f"{' '.join(packages)} could not be installed, see above: put nvcc and cmake on PATH")
+    sys.path.append(str(tools))
+    os.environ["PATH"] = os.pathsep.join([str(tools / "bin"), os.environ.get("PATH", "")])
+    os.environ["PYTHONPATH"] = os.pathsep.join([str(tools), *filter(None, [os.environ.get("PYTHONPATH")])])
+
+
+def _cached(card: str) -> Path | None:
+    major, minor = map(int, card.split("."))
+    return library.cache_path((major, minor))

@@ -86,11 +86,11 @@ def examine(prove: bool = True) -> Report:
             report.gpus.append(Gpu(index, card.name, f"sm_{card.major}{card.minor}", card.total_memory, free))
     elif platform.driver() is not None:
         report.notes.append("there is an NVIDIA driver, but torch sees no GPU: a CPU build, or CUDA_VISIBLE_DEVICES?")
-    if library.LIBRARY.exists():
-        try:
+    try:
+        if library.find(machine.capability) is not None:
             report.library = library.load()
-        except (OSError, RuntimeError) as error:
-            report.notes.append(f"{library.LIBRARY.name}: {error}")
+    except (OSError, RuntimeError) as error:
+        report.notes.append(f"{library.LIBRARY.name}: {error}")
     request = selector.Request.from_user()
     request = replace(request, proof=prove and request.proof)
     look_around(report, ask_vllm=prove)

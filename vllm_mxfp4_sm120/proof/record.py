@@ -24,6 +24,8 @@ from filelock import FileLock, Timeout
 
 from vllm_mxfp4_sm120 import __version__, config_path, settings
 from vllm_mxfp4_sm120.backends.base import Backend
+from vllm_mxfp4_sm120.backends.native import library
+from vllm_mxfp4_sm120.cache import cache_dir, make_folder, others_may_write, owner_trouble
 from vllm_mxfp4_sm120.log import logger
 from vllm_mxfp4_sm120.moe import MoEShape
 from vllm_mxfp4_sm120.platform import Machine, driver
@@ -31,19 +33,6 @@ from vllm_mxfp4_sm120.proof.problem import Proof, problem_shape
 
 PATIENCE = 3.0  # seconds of waiting for another process before it's said
 LARGEST = 1 << 16  # bytes of a record: they are some hundred
-
-
-def cache_dir() -> Path | None:
-    """Where proofs are remembered; None for a user without a home directory who didn't name another one."""
-    try:
-        if (given := settings.CACHE_DIR.get()) is not None:
-            return Path(given).expanduser().absolute()
-        base = Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache")
-        if not base.is_absolute():  # the XDG specification has relative ones ignored
-            base = Path("~/.cache").expanduser()
-    except (RuntimeError, OSError):
-        return None
-    return base / "vllm_mxfp4_sm120" if base.is_absolute() else None
 
 
 def record_path(backend: type[Backend], machine: Machine, shape: MoEShape) -> Path | None:
@@ -54,7 +43,7 @@ def record_path(backend: type[Backend], machine: Machine, shape: MoEShape) -> Pa
         backend.__module__,
         backend.__qualname__,
         __version__,
-        _source_digest(backend),
+        _source_digest(backend, machine),
         driver(),
         asdict(machine),
         asdict(problem_shape(machine, shape)),
@@ -77,7 +66,7 @@ def recall(record: Path | None) -> Proof | None:
             if not stat.S_ISREG(state.st_mode):
                 return None
             text = opened.read(LARGEST)
-        if distrusted := _whose(real, state) or others_may_write(record.parent) or others_may_write(real.parent):
+        if distrusted := owner_trouble(real, state) or others_may_write(record.parent) or others_may_write(real.parent):
             _say(distrusted)
             return None
         reason = json.loads(text)["reason"]
@@ -156,38 +145,6 @@ def _lock(record: Path | None, seconds: float) -> FileLock | None:
     return None
 
 
-def make_folder(folder: Path) -> None:
-    """With all that it lies in, writable by this user alone whatever the umask is. Raises OSError."""
-    for missing in reversed([folder, *folder.parents]):
-        if not missing.exists():
-            missing.mkdir(0o755, exist_ok=True)
-    if not folder.is_dir():
-        raise NotADirectoryError(f"{folder} is not a directory")
-
-
-def others_may_write(folder: Path) -> str | None:
-    """Who, besides this user and root, could have put a file there; None if nobody could. Raises OSError.
-
-    In a folder with the sticky bit, as /tmp has it, nobody replaces what isn't his: another folder of ours may lie in
-    it, records may not. Read-only mounts are an administrator's: Kubernetes mounts its ConfigMaps so, with mode 777.
-    """
-    real = folder.resolve()
-    for each in (real, *real.parents):
-        state = each.stat()
-        sticky = each != real and state.st_mode & stat.S_ISVTX
-        if (whose := _whose(each, state, sticky=bool(sticky))) and not os.statvfs(each).f_flag & os.ST_RDONLY:
-            return whose
-    return None
-
-
-def _whose(path: Path, state: os.stat_result, sticky: bool = False) -> str | None:
-    if state.st_uid not in (0, os.geteuid()):
-        return f"{path} belongs to another user ({state.st_uid})"
-    if state.st_mode & (stat.S_IWGRP | stat.S_IWOTH) and not sticky:
-        return f"others may write {path} (mode {stat.S_IMODE(state.st_mode):o})"
-    return None
-
-
 @cache
 def _say(why: str) -> None:
     """Once in a process."""
@@ -203,12 +160,15 @@ def version(distribution: str) -> str | None:
         return None
 
 
-def _source_digest(backend: type[Backend]) -> str:
+def _source_digest(backend: type[Backend], machine: Machine) -> str:
     """Of everything in this package that the outcome depends on: code, compiled libraries, which kernel when."""
     digest = hashlib.sha256()
     root = Path(__file__).parents[1]
     for path in sorted((*root.rglob("*.py"), *root.rglob("*.so"), *config_path("tuning").rglob("*.json"))):
         digest.update(path.read_bytes())
+    with suppress(PermissionError):  # not loaded then, and its backend says why
+        if cached := library.cached(machine.capability):
+            digest.update(cached.read_bytes())
     module = getattr(sys.modules[backend.__module__], "__file__", None)
     if module is not None:
         digest.update(Path(module).read_bytes())

@@ -26,9 +26,10 @@ class Native(Backend):
 
     @classmethod
     def why_not(cls, machine: Machine, shape: MoEShape) -> str | None:
-        if not library.LIBRARY.exists():
-            return "the CUDA library isn't built: run kernels/build.sh, or install this package where nvcc is"
         try:
+            if library.find(machine.capability) is None:
+                needed = "it needs an NVIDIA GPU" if machine.capability is None else None
+                return needed or f"the CUDA library isn't built: {library.REMEDY}"
             architectures = library.load()
         except (OSError, RuntimeError) as error:
             return f"{library.LIBRARY.name} can't be used: {error}"
@@ -37,11 +38,7 @@ class Native(Backend):
         if machine.capability is None:
             return "it needs an NVIDIA GPU"
         if not library.covers(architectures, machine.capability):
-            major, minor = machine.capability
-            return (
-                f"{library.LIBRARY.name} is built for {architectures}, not for {machine.sm}: "
-                f"build it with TORCH_CUDA_ARCH_LIST={major}.{minor} kernels/build.sh"
-            )
+            return f"{library.LIBRARY.name} is built for {architectures}, not for {machine.sm}: {library.REMEDY}"
         limits = library.limits()
         for name, size in (("hidden", shape.hidden_size), ("intermediate", shape.intermediate_size)):
             if size % 32 or not 32 <= size <= limits.size:

@@ -3,7 +3,9 @@
 
 from __future__ import annotations
 
+import hashlib
 import re
+import stat
 import warnings
 from dataclasses import dataclass
 from functools import lru_cache
@@ -12,10 +14,14 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from vllm_mxfp4_sm120 import settings
+from vllm_mxfp4_sm120 import __version__, settings
+from vllm_mxfp4_sm120.cache import cache_dir, others_may_write, owner_trouble
+from vllm_mxfp4_sm120.platform import Machine
 
-# Where kernels/build.sh and `pip install` put it.
+# Where `pip install` puts it, and `mxfp4-sm120 build` unless it can't write there.
 LIBRARY = Path(__file__).parents[2] / "_native.so"
+# What makes one, in a checkout and out of it.
+REMEDY = "run mxfp4-sm120 build"
 
 
 @dataclass(frozen=True)
@@ -41,6 +47,52 @@ class Configuration:
     shared_bytes: int
 
 
+def find(capability: tuple[int, int] | None) -> Path | None:
+    """The library for a GPU: what `mxfp4-sm120 build` left in the cache directory, else the package's; None if neither.
+
+    Raises PermissionError where others could have written the former.
+    """
+    return cached(capability) or (LIBRARY if LIBRARY.exists() else None)
+
+
+def cached(capability: tuple[int, int] | None) -> Path | None:
+    """The library in the cache directory, None if there is none. Raises PermissionError where others could write it."""
+    path = cache_path(capability)
+    try:
+        if path is None or not path.parent.is_dir():
+            return None
+        state = path.lstat()
+    except OSError:
+        return None
+    distrusted = owner_trouble(path, state) or others_may_write(path.parent)
+    if not stat.S_ISREG(state.st_mode):
+        distrusted = f"{path} is no regular file"
+    if distrusted:
+        raise PermissionError(f"{distrusted}: no code is loaded from there, remove it and {REMEDY}")
+    return path
+
+
+def cache_path(capability: tuple[int, int] | None) -> Path | None:
+    """Where a library lies in the cache directory; None without a GPU or a home directory.
+
+    Its name tells the card, since homes are shared between machines, and the sources, since ops change with them.
+    """
+    folder = cache_dir()
+    if folder is None or capability is None:
+        return None
+    digest = hashlib.sha256(__version__.encode())
+    for source in sorted(sources().glob("csrc/**/*.*")):
+        digest.update(source.read_bytes())
+    return folder / "libraries" / f"native-sm_{capability[0]}{capability[1]}-{digest.hexdigest()[:16]}.so"
+
+
+def sources() -> Path:
+    """kernels/, which lies inside the package when installed and beside it in the repository."""
+    package = Path(__file__).parents[2]
+    inside = package / "kernels"
+    return inside if inside.is_dir() else package.parent / "kernels"
+
+
 def load() -> str:
     """Load the library, once per process; the GPUs it was built for as CMake writes them ("90-real 120-virtual").
 
@@ -49,20 +101,20 @@ def load() -> str:
     architectures = _load()
     if architectures == "stub" and not settings.ALLOW_STUB_KERNEL.get():
         raise RuntimeError(
-            "it is a stub without GPU code: run kernels/build.sh, or set "
-            f"{settings.ALLOW_STUB_KERNEL.name}=1 to get zeros"
+            f"it is a stub without GPU code: {REMEDY}, or set {settings.ALLOW_STUB_KERNEL.name}=1 to get zeros"
         )
     return architectures
 
 
 @lru_cache
 def _load() -> str:
-    torch.ops.load_library(LIBRARY)
+    library = find(Machine.here().capability) or LIBRARY
+    torch.ops.load_library(library)
     torch.library.register_fake("mxfp4_sm120::moe_layer", _fake_moe_layer)
     torch.library.register_fake("mxfp4_sm120::router_logits", _fake_router_logits)
     architectures = str(torch.ops.mxfp4_sm120.architectures())
     if architectures == "stub":
-        warnings.warn(f"{LIBRARY} is a stub: its output is zeros, never an answer", stacklevel=2)
+        warnings.warn(f"{library} is a stub: its output is zeros, never an answer", stacklevel=2)
     return architectures
 
 
