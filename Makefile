@@ -1,22 +1,26 @@
 # make serve [MODEL=openai/gpt-oss-20b] [ARGS="further arguments of vllm serve"]
-# make test  [ARGS="further arguments of pytest"]
+# make test  [ARGS="further arguments of pytest, such as -m 'not slow'"]
+# make lint
 PYTHON ?= python3
 VENV := .venv
 SMALL := models/gpt-oss-small/checkpoint
 MODEL ?= $(SMALL)
 READY := $(VENV)/.ready
 
-.PHONY: serve test
+.PHONY: serve test lint
 serve: $(READY)
 	@$(VENV)/bin/mxfp4-sm120 serve $(MODEL) -- $(if $(filter $(SMALL),$(MODEL)),--config configs/serve/gpt-oss-small.yaml,--quantization mxfp4_sm120) $(ARGS)
 
-test: $(READY)
-	@echo "==> ruff, clang-format, mypy, pytest"
+test: lint
+	@echo "==> pytest"
+	@$(VENV)/bin/pytest $(ARGS)
+
+lint: $(READY)
+	@echo "==> ruff, clang-format, mypy"
 	@$(VENV)/bin/ruff check
 	@$(VENV)/bin/ruff format --check
 	@$(VENV)/bin/clang-format --dry-run --Werror $$(find kernels/csrc -name '*.cu' -o -name '*.cuh' -o -name '*.h' -o -name '*.cpp')
 	@$(VENV)/bin/mypy
-	@$(VENV)/bin/pytest $(ARGS)
 
 # Made anew only when one of these has changed; pip then finds most of it in place.
 $(READY): setup.py pyproject.toml kernels/setup.py scripts/build_backend.py scripts/environment.py

@@ -85,7 +85,7 @@ inline const Codes& codes() {
 }
 inline int32_t dtype_of(const Tensor& t) {
   int32_t dtype = 0;
-  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_dtype(t.get(), &dtype));
+  TORCH_ERROR_CODE_CHECK(aoti_torch_get_dtype(t.get(), &dtype));
   return dtype;
 }
 
@@ -93,7 +93,7 @@ inline int32_t dtype_of(const Tensor& t) {
 struct Place {
   int32_t type, index;
   explicit Place(const Tensor& x) : type(0), index(x.get_device_index()) {
-    STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_device_type(x.get(), &type));
+    TORCH_ERROR_CODE_CHECK(aoti_torch_get_device_type(x.get(), &type));
   }
   bool cuda() const { return type == codes().cuda; }
   bool operator==(const Place& other) const { return type == other.type && index == other.index; }

@@ -23,7 +23,7 @@ using OptionalTensor = std::optional<Tensor>;
 Tensor new_output(const Place& place, int64_t rows, int64_t columns) {
   const std::array<int64_t, 2> sizes{rows, columns}, strides{columns, 1};
   AtenTensorHandle handle = nullptr;
-  STABLE_TORCH_ERROR_CODE_CHECK(
+  TORCH_ERROR_CODE_CHECK(
       aoti_torch_empty_strided(2, sizes.data(), strides.data(), codes().bfloat16, place.type, place.index, &handle));
   return Tensor(handle);
 }
@@ -155,7 +155,7 @@ Tensor router_logits(const Tensor& x, const Tensor& weight, const OptionalTensor
   if (tokens > ROUTER_MAX_TOKENS) {  // a GEMM library's business
     std::array<StableIValue, 3> stack{torch::stable::detail::from(x), torch::stable::detail::from(weight),
                                       torch::stable::detail::from(bias)};
-    STABLE_TORCH_ERROR_CODE_CHECK(torch_call_dispatcher("aten::linear", "", stack.data(), TORCH_ABI_VERSION));
+    TORCH_ERROR_CODE_CHECK(torch_call_dispatcher("aten::linear", "", stack.data(), TORCH_ABI_VERSION));
     return torch::stable::detail::to<Tensor>(stack[0]);
   }
   if (hidden % 8 != 0 || hidden > ROUTER_MAX_HIDDEN)
