@@ -11,8 +11,8 @@ KERNELS = runpy.run_path(str(Path(__file__).parents[1] / "kernels" / "setup.py")
 
 
 def get_requires_for_build_wheel(config_settings=None):
-    return [*build_meta.get_requires_for_build_wheel(config_settings), *KERNELS["requirements"]()]
+    return [*KERNELS["requirements"](), *build_meta.get_requires_for_build_wheel(config_settings)]
 
 
 def get_requires_for_build_editable(config_settings=None):
-    return [*build_meta.get_requires_for_build_editable(config_settings), *KERNELS["requirements"]()]
+    return [*KERNELS["requirements"](), *build_meta.get_requires_for_build_editable(config_settings)]

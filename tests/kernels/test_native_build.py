@@ -285,6 +285,14 @@ def test_needs_no_cuda_runtime_and_no_python(library: Path):
     assert not [name for name in needed if re.match("libcuda|libpython|libtorch_python|libc10", name)]
 
 
+def test_loads_on_the_oldest_glibc_that_torch_runs_on(library: Path):
+    """2.28 by the symbols that it asks for; of the C++ library it asks for none, since it brings its own."""
+    asked = run("objdump", "-T", library).stdout
+    versions = [tuple(map(int, version.split("."))) for version in re.findall(r"GLIBC_([\d.]+)", asked)]
+    assert versions and max(versions) <= (2, 28)
+    assert "GLIBCXX" not in asked and "libstdc++" not in run("readelf", "-d", library).stdout
+
+
 def test_ops_are_registered_and_fakes_work_on_this_torch(library: Path):
     result = in_a_new_process(
         library,

@@ -61,25 +61,81 @@ def test_a_wheel_of_the_tree_has_no_stale_library(tree: Path, tmp_path: Path) ->
     assert not [name for name in packed if name.endswith(".so")]
 
 
-def test_a_gpu_without_nvcc_gets_the_compiler_from_pip(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    smi = tmp_path / "nvidia-smi"
-    smi.write_text("#!/bin/sh\necho 12.0\n")
-    smi.chmod(0o755)
-    monkeypatch.setenv("PATH", str(tmp_path))
-    monkeypatch.setenv("CXX", "c++")
-    monkeypatch.delenv("CUDACXX", raising=False)
-    monkeypatch.delenv("MXFP4_SM120_BUILD", raising=False)
-    kernels = runpy.run_path(str(ROOT / "kernels/setup.py"))
-    assert kernels["cards"]() == ["12.0"] and kernels["wanted"]()
-    kernels["requirements"].__globals__["nvcc"] = lambda: None  # this machine may have one in /usr/local/cuda
-    assert kernels["requirements"]() == [*kernels["NVCC_PACKAGES"], "cmake", "ninja"]
+def fake(program: Path, *says: str) -> Path:
+    """A program that prints these lines whatever it is asked."""
+    program.parent.mkdir(exist_ok=True)
+    program.write_text("#!/bin/sh\n" + "".join(f"echo {line}\n" for line in says))
+    program.chmod(0o755)
+    return program
 
 
-def test_the_environment_of_a_gpu_leaves_the_build_to_pip(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.fixture
+def machine(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """Its programs' folder: an RTX 5090, a C++ compiler, no nvcc."""
+    programs = tmp_path / "programs"
+    fake(programs / "nvidia-smi", "12.0, 580.95.05")
+    fake(programs / "c++")
+    monkeypatch.setenv("PATH", str(programs))
+    monkeypatch.setenv("CUDA_HOME", str(tmp_path))
+    for name in ("CXX", "CUDACXX", "MXFP4_SM120_BUILD", "TORCH_CUDA_ARCH_LIST", "CMAKE_CUDA_ARCHITECTURES"):
+        monkeypatch.delenv(name, raising=False)
+    # No nvcc among Python's packages: this environment may have one.
+    monkeypatch.setattr(sys, "path", [folder for folder in sys.path if not list(Path(folder).glob("nvidia/cu*/bin"))])
+    return programs
+
+
+def kernels() -> dict:
+    return runpy.run_path(str(ROOT / "kernels/setup.py"))
+
+
+def requirements() -> set[str]:
+    """Those of the build; whether torch is here isn't asked."""
+    return {name for name in kernels()["requirements"]() if not name.startswith("torch")}
+
+
+def test_a_gpu_without_nvcc_gets_the_compiler_from_pip(machine: Path) -> None:
+    assert kernels()["cards"]() == ["12.0"] and kernels()["wanted"]()
+    assert requirements() == {*kernels()["NVCC_PACKAGES"], "cmake", "ninja"}
+
+
+def test_an_nvcc_that_is_older_than_the_card_is_passed_over(machine: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    fake(machine / "nvcc", "compute_80", "compute_90")
+    assert requirements() == {*kernels()["NVCC_PACKAGES"], "cmake", "ninja"}
+    monkeypatch.setenv("MXFP4_SM120_BUILD", "1")  # for every card
+    assert requirements() == {*kernels()["NVCC_PACKAGES"], "cmake", "ninja"}
+    fake(machine / "nvcc", "compute_80", "compute_120", "compute_121")
+    assert requirements() == {"cmake", "ninja"}
+
+
+def test_a_driver_that_is_too_old_for_that_compiler_is_named(machine: Path) -> None:
+    fake(machine / "nvidia-smi", "12.0, 570.86.10")
+    with pytest.raises(SystemExit, match=r"the driver is 570, .* needs 580: update it, or put an nvcc of CUDA 12\.8"):
+        requirements()
+    fake(machine / "nvcc", "compute_120")
+    assert requirements() == {"cmake", "ninja"}
+
+
+def test_a_gpu_and_no_way_to_build_is_one_line(machine: Path, tree: Path) -> None:
+    """As pip would run it. With MXFP4_SM120_BUILD=0 the same machine gets a wheel without the library."""
+    (machine / "c++").unlink()
+    hook = "import sys; sys.path.insert(0, 'scripts'); import build_backend as b; b.get_requires_for_build_wheel()"
+    command = [sys.executable, "-c", hook]
+    done = subprocess.run(command, cwd=tree, capture_output=True, text=True, check=False)
+    assert done.returncode == 1 and done.stderr == (
+        "vllm-mxfp4-sm120: the CUDA library can't be built: no C++ compiler is on PATH: install g++ (apt install g++), "
+        "or install without the CUDA library, which leaves the slower backends: MXFP4_SM120_BUILD=0\n"
+    )
+    allowed = {**os.environ, "MXFP4_SM120_BUILD": "0"}
+    assert subprocess.run(command, cwd=tree, env=allowed, capture_output=True, check=False).returncode == 0
+
+
+def test_the_environment_of_a_gpu_leaves_the_build_to_pip(machine: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     script = runpy.run_path(str(ROOT / "scripts/environment.py"))
     calls: list[tuple] = []
-    script["main"].__globals__.update(has_nvidia_gpu=lambda: True, pip=lambda python, *rest: calls.append(rest))
-    monkeypatch.setattr(sys, "argv", ["environment.py", str(tmp_path / "venv")])
+    script["main"].__globals__.update(pip=lambda python, *rest: calls.append(rest))
+    monkeypatch.setattr(sys, "argv", ["environment.py", str(machine.parent / "venv")])
     monkeypatch.setattr("venv.create", lambda *arguments, **options: None)
     assert script["main"]() == 0
     assert calls == [("install", script["VLLM_CUDA"]), ("install", "--editable", f"{ROOT}[test]")]
+    # And what pip then asks the build for:
+    assert set(kernels()["NVCC_PACKAGES"]) <= requirements()

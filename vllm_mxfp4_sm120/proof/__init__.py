@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from vllm_mxfp4_sm120 import settings
 from vllm_mxfp4_sm120.backends.base import Backend
+from vllm_mxfp4_sm120.cache import cache_dir
 from vllm_mxfp4_sm120.moe import MoEShape
 from vllm_mxfp4_sm120.platform import Machine
 from vllm_mxfp4_sm120.proof.child import solve_in_child
@@ -24,7 +25,7 @@ from vllm_mxfp4_sm120.proof.problem import (
     random_weights,
     solve,
 )
-from vllm_mxfp4_sm120.proof.record import cache_dir, forget, recall, record_path, remember, turn, version
+from vllm_mxfp4_sm120.proof.record import forget, recall, record_path, remember, turn, version
 
 __all__ = [
     "EXPERTS",
