@@ -15,6 +15,7 @@ COMMANDS = {
     "build": "compile the CUDA library for this machine's card",
     "make-tiny": "write a small GPT-OSS checkpoint with MXFP4 experts, for tests and demonstrations",
     "doctor": "say what is here, which backends can serve with it, and what would be chosen",
+    "inspect": "say what a checkpoint holds, what is wrong with it, and on which cards it fits",
     "pack": "turn a BF16 GPT-OSS, such as a fine-tune, into one with MXFP4 experts",
     "unpack": "turn MXFP4 experts back into BF16, as transformers keeps them",
     "serve": "start vllm serve with this plugin, send one completion, show who answered",

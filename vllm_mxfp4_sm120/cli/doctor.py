@@ -20,8 +20,8 @@ from vllm_mxfp4_sm120.backends import registry
 from vllm_mxfp4_sm120.backends.native import library
 from vllm_mxfp4_sm120.checkpoint import Sizes, published_config
 from vllm_mxfp4_sm120.cli import surroundings
-from vllm_mxfp4_sm120.cli.make_tiny import checkpoint_bytes
 from vllm_mxfp4_sm120.cli.surroundings import Attention, Python
+from vllm_mxfp4_sm120.fit import Memory
 
 MODELS = ("gpt-oss-20b", "gpt-oss-120b")
 DISTRIBUTIONS = {"vLLM": "vllm", "FlashInfer": "flashinfer-python", "Triton": "triton"}
@@ -95,7 +95,7 @@ def examine(prove: bool = True) -> Report:
     request = replace(request, proof=prove and request.proof)
     look_around(report, ask_vllm=prove)
     layers = {model: Sizes.from_config(published_config(model)).layer for model in MODELS}
-    report.weights = {model: checkpoint_bytes(published_config(model)) for model in MODELS}
+    report.weights = {model: Memory(published_config(model)).weights() for model in MODELS}
     report.free = memory.free_bytes() if machine.capability is None else 0
     shape = layers[MODELS[0]]
     for name in registry.NAMES:

@@ -35,6 +35,14 @@ PROJECTIONS = ("gate_up_proj", "down_proj")
 KNOWN_SCALES = "mxfp4_scales-*.safetensors"
 
 
+class Unfit(ValueError):
+    """Tensors that are missing or don't fit; `problems` has a line for each, the message the first few."""
+
+    def __init__(self, directory: Path, problems: list[str]) -> None:
+        super().__init__(f"{directory}: {listed(problems, '; ')}; config.json and weights don't belong together")
+        self.problems = problems
+
+
 class Source:
     """What is to be packed: every tensor found, of a dtype and shape that fits config.json.
 
@@ -63,7 +71,7 @@ class Source:
         self.adapter = None if adapter is None else Adapter(adapter, self.sizes, self.required)
         self.transposed = self._orientation()
         if wrong := list(self._wrong()):
-            raise ValueError(f"{self.directory}: {listed(wrong, '; ')}; config.json and weights don't belong together")
+            raise Unfit(self.directory, wrong)
         self.known = {name: file for file in sorted(self.directory.glob(KNOWN_SCALES)) for name in _names(file)}
 
     def is_packed(self, layer: int, projection: str) -> bool:

@@ -1,0 +1,140 @@
+# SPDX-License-Identifier: Apache-2.0
+"""inspect: all that is wrong at once, folders, caches and repositories, and what it prints."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from types import SimpleNamespace
+
+import huggingface_hub
+import pytest
+import torch
+from safetensors import safe_open
+
+from tests.support.checkpoints import change_config, change_tensors, edit_tensors, write_small
+from vllm_mxfp4_sm120 import packing
+from vllm_mxfp4_sm120.checkpoint import survey as survey_module
+from vllm_mxfp4_sm120.checkpoint.survey import survey
+from vllm_mxfp4_sm120.cli.__main__ import main
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+LAYER = "model.layers.1.mlp.experts"
+
+
+@pytest.fixture
+def model(tmp_path: Path) -> Path:
+    write_small(tmp_path / "model")
+    return tmp_path / "model"
+
+
+def inspect(capsys: pytest.CaptureFixture[str], *arguments: object) -> tuple[int, dict]:
+    status = main(["inspect", *map(str, arguments), "--json"])
+    return status, json.loads(capsys.readouterr().out)
+
+
+def test_a_whole_checkpoint(model: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    status, report = inspect(capsys, model)
+    assert (status, report["problems"], report["layout"]) == (0, [], "mxfp4")
+    assert report["sizes"]["num_experts"] == 3 and report["block_size"] == 32
+    sizes = {each["name"]: (each["hidden_size"], each["intermediate_size"]) for each in report["layouts"]}
+    assert sizes["vLLM Marlin"] == (256, 128) and sizes["native, triton, tiled"] == (96, 64)
+    assert len(report["fits"]) == 7 * 2 * 2 * 3
+    assert main(["inspect", str(model)]) == 0
+    out = capsys.readouterr().out
+    assert "every tensor is as it should be" in out and "2 x 32 GB (RTX 5090)" in out
+
+
+def test_everything_that_is_wrong_is_named(model: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    change_tensors(
+        model,
+        {
+            f"{LAYER}.down_proj_blocks": torch.zeros(3, 96, 3, 16, dtype=torch.uint8),
+            f"{LAYER}.down_proj_scales": torch.zeros(3, 96, 2),
+            "lm_head.weight": None,
+            "model.norm.weight": None,
+            "model.layers.0.self_attn.q_proj.lora_A.weight": torch.zeros(1),
+            "layers.0.mlp.router.bias": torch.zeros(3),
+            "model.layers.5.mlp.router.bias": torch.zeros(3),
+        },
+    )
+    change_config(model, rms_norm_eps=1e-3)
+    status, report = inspect(capsys, model)
+    assert status == 1
+    for name in (
+        "down_proj_blocks is U8 [3, 96, 3, 16], expected U8 [3, 96, 2, 16]",
+        "down_proj_scales is F32",
+        "lm_head.weight (BF16 [40, 96]) missing",
+        "model.norm.weight (BF16 [96]) missing",
+        "lora_A",
+        "are the same tensor",
+        "model.layers.5.mlp.router.bias: config.json knows no such tensor",
+        "rms_norm_eps is 0.001",
+    ):
+        assert sum(name in problem for problem in report["problems"]) == 1, name
+    assert len(report["problems"]) == 8
+
+
+def test_fifty_missing_tensors_are_fifty_lines(model: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    gone = edit_tensors(model, lambda state: [state.pop(name) for name in list(state) if ".layers.1." in name])
+    assert inspect(capsys, gone.parent)[1]["problems"][-1].startswith(f"{LAYER}.down_proj_bias")
+    missing = [problem for problem in survey(str(gone.parent)).problems() if problem.endswith("missing")]
+    assert len(missing) == 19
+
+
+def test_floats_are_for_pack(model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    packing.unpack(model, tmp_path / "bf16")
+    status, report = inspect(capsys, tmp_path / "bf16")
+    assert (status, report["layout"], report["problems"]) == (0, "bf16", [])
+    edit_tensors(tmp_path / "bf16", lambda state: [state.pop(name) for name in list(state) if ".self_attn." in name])
+    assert len(inspect(capsys, tmp_path / "bf16")[1]["problems"]) == 18
+
+
+def test_verify_reads_the_manifest(model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    packing.pack(model, tmp_path / "packed")
+    assert inspect(capsys, tmp_path / "packed", "--verify") == (0, inspect(capsys, tmp_path / "packed")[1])
+    shard = next((tmp_path / "packed").glob("*.safetensors"))
+    shard.write_bytes(shard.read_bytes()[:-1] + b"\x7f")
+    assert inspect(capsys, tmp_path / "packed")[0] == 0
+    status, report = inspect(capsys, tmp_path / "packed", "--verify")
+    assert status == 1 and "its SHA-256 is" in report["problems"][0]
+
+
+def test_a_repository_from_the_cache_or_by_its_headers(model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", lambda name, **_: str(model))
+    cached = survey("someone/model")
+    assert (cached.source, cached.problems()) == ("someone/model", [])
+
+    shard = next(model.glob("*.safetensors"))
+    with safe_open(shard, "pt") as opened:
+        slices = {name: opened.get_slice(name) for name in opened.keys()}  # noqa: SIM118
+        tensors = {n: SimpleNamespace(dtype=s.get_dtype(), shape=s.get_shape()) for n, s in slices.items()}
+    files = SimpleNamespace(files_metadata={shard.name: SimpleNamespace(tensors=tensors)})
+    monkeypatch.setattr(survey_module, "_cached", lambda _: None)
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", False)
+    monkeypatch.setattr(huggingface_hub, "hf_hub_download", lambda *_: str(model / "config.json"))
+    monkeypatch.setattr(huggingface_hub, "get_safetensors_metadata", lambda _: files)
+    remote = survey("someone/model")
+    assert (remote.layout, remote.problems()) == ("mxfp4", [])
+    assert survey(str(model)).headers.keys() == remote.headers.keys()
+
+
+def test_no_network_and_no_model(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
+    monkeypatch.setattr(survey_module, "_cached", lambda _: None)
+    assert main(["inspect", "someone/model"]) == 1
+    assert "not in Hugging Face's cache; go online, or give a folder" in capsys.readouterr().err
+    assert main(["inspect", str(tmp_path / "none")]) == 1
+    assert "no such directory" in capsys.readouterr().err
+    # What is published is known without one.
+    status, report = inspect(capsys, "openai/gpt-oss-120b")
+    assert (status, report["layout"], report["sizes"]["num_experts"]) == (0, "unknown", 128)
+
+
+def test_help_has_an_example(capsys: pytest.CaptureFixture[str]) -> None:
+    for command in ("inspect", "pack", "unpack"):
+        with pytest.raises(SystemExit):
+            main([command, "--help"])
+        assert f"\n  mxfp4-sm120 {command} " in capsys.readouterr().out

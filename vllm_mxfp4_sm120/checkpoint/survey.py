@@ -1,0 +1,120 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Everything that is wrong with a checkpoint, at once; what loads stops at the first.
+
+Headers may come from a folder or, by HTTP, from a repository of Hugging Face: config.json and names, dtypes and shapes
+of its tensors, no weight.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from vllm_mxfp4_sm120.checkpoint.config import check_config
+from vllm_mxfp4_sm120.checkpoint.headers import read_headers, read_json
+from vllm_mxfp4_sm120.checkpoint.names import EMBEDDING, LM_HEAD, canonical_name, plain, refuse_foreign
+from vllm_mxfp4_sm120.checkpoint.tensors import TensorInfo, differs, is_as_required, required_tensors, split_fused
+
+
+@dataclass(frozen=True)
+class Survey:
+    """What a checkpoint holds. `headers` is None where there are none (offline, and nothing is cached)."""
+
+    source: str
+    config: dict[str, Any]
+    headers: Mapping[str, TensorInfo] | None
+
+    @property
+    def layout(self) -> str:
+        """mxfp4, bf16, or unknown."""
+        names = [] if self.headers is None else [canonical_name(name) or name for name in self.headers]
+        if any(name.endswith("_proj_blocks") for name in names):
+            return "mxfp4"
+        return "bf16" if any(".experts." in name for name in names) else "unknown"
+
+    def problems(self) -> list[str]:
+        """One line each: config.json's, and of every tensor that is missing, foreign, doubled or doesn't fit."""
+        found = list(_refused(lambda: check_config(self.config, f"{self.source}/config.json")))
+        try:
+            required = required_tensors(self.config, f"{self.source}/config.json")
+        except ValueError:
+            return found  # said already: without sizes there is nothing to compare with
+        return found + ([] if self.headers is None else list(_tensors(self.headers, required)))
+
+
+def _refused(check: Callable[[], object]) -> Iterator[str]:
+    try:
+        check()
+    except ValueError as error:
+        yield str(error)
+
+
+def _tensors(headers: Mapping[str, TensorInfo], required: Mapping[str, TensorInfo]) -> Iterator[str]:
+    known = {LM_HEAD: required[EMBEDDING], **required}
+    seen: dict[str, str] = {}
+    for spelling, header in headers.items():
+        published = canonical_name(spelling)
+        if published is None:
+            yield from _refused(lambda spelling=spelling: refuse_foreign([spelling], "checkpoint"))  # type: ignore[misc]
+            continue
+        for name, info in split_fused(published, header, required).items():
+            if name not in known:
+                yield f"{plain(spelling)}: config.json knows no such tensor"
+            elif name in seen:
+                yield f"{plain(spelling)} and {plain(seen[name])} are the same tensor, expected one of them"
+            elif not is_as_required(info, known[name]):
+                yield differs(name, info, known[name])
+            seen[name] = spelling
+    for name, info in required.items():
+        if name not in seen:
+            yield f"{name} ({info}) missing"
+
+
+def survey(path_or_repository: str) -> Survey:
+    """A checkpoint's folder, or a repository of Hugging Face ("openai/gpt-oss-20b"): from the cache, else by HTTP.
+
+    Raises ValueError if there is neither, or if config.json or a header can't be read.
+    """
+    folder = Path(path_or_repository)
+    if folder.is_dir() or path_or_repository.count("/") != 1 or path_or_repository.startswith((".", "/", "~")):
+        return Survey(str(folder), read_json(folder / "config.json"), read_headers(folder))
+    cached = _cached(path_or_repository)
+    if cached is not None:
+        return Survey(path_or_repository, read_json(cached / "config.json"), read_headers(cached))
+    return _remote(path_or_repository)
+
+
+def _cached(repository: str) -> Path | None:
+    """The snapshot's folder, if its config.json and its weights were fetched before."""
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HFValidationError, LocalEntryNotFoundError
+
+    try:
+        folder = Path(snapshot_download(repository, local_files_only=True))
+    except (LocalEntryNotFoundError, HFValidationError):
+        return None
+    return folder if (folder / "config.json").exists() and any(folder.glob("*.safetensors")) else None
+
+
+def _remote(repository: str) -> Survey:
+    """Ranges of the files' first bytes, some 100 KB of a model of 60 GB."""
+    from huggingface_hub import constants, get_safetensors_metadata, hf_hub_download
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, NotASafetensorsRepoError
+
+    if constants.HF_HUB_OFFLINE:
+        raise ValueError(f"{repository}: no such folder, and not in Hugging Face's cache; go online, or give a folder")
+    try:
+        config = read_json(Path(hf_hub_download(repository, "config.json")))
+        metadata = get_safetensors_metadata(repository)
+    except NotASafetensorsRepoError as error:
+        raise ValueError(f"{repository}: no *.safetensors there, expected the model's weights") from error
+    except (HfHubHTTPError, HFValidationError, OSError) as error:
+        raise ValueError(f"{repository}: {str(error).splitlines()[0]}; give a folder that is here") from error
+    headers = {
+        name: TensorInfo(info.dtype, tuple(info.shape), Path(file))
+        for file, shard in metadata.files_metadata.items()
+        for name, info in shard.tensors.items()
+    }
+    return Survey(repository, config, headers)

@@ -1,0 +1,154 @@
+# SPDX-License-Identifier: Apache-2.0
+"""`mxfp4-sm120 inspect PATH_OR_REPO`: what a checkpoint holds, what is wrong with it, what it takes, where it fits."""
+
+from __future__ import annotations
+
+import argparse
+import json
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+
+from vllm_mxfp4_sm120 import fit, mxfp4
+from vllm_mxfp4_sm120.checkpoint import Sizes, published_config
+from vllm_mxfp4_sm120.checkpoint.survey import Survey, survey
+from vllm_mxfp4_sm120.fit import GIB, LAYOUTS, Fit, Memory
+
+PUBLISHED = ("openai/gpt-oss-20b", "openai/gpt-oss-120b")
+EXAMPLES = """examples:
+  mxfp4-sm120 inspect ./gpt-oss-20b
+  mxfp4-sm120 inspect openai/gpt-oss-120b --json
+  mxfp4-sm120 inspect ./my-finetune-mxfp4 --verify
+
+No weight is read, but by --verify. A repository's headers come from Hugging Face's cache, or by HTTP.
+The table's numbers: requests of that length that the KV cache holds at once, "-" where not even one fits.
+"""
+
+
+@dataclass(frozen=True)
+class LayoutReport:
+    """A backend's: sizes after padding, and the bytes of all weights."""
+
+    name: str
+    hidden_size: int
+    intermediate_size: int
+    experts: int
+    weights: int
+
+
+@dataclass
+class Report:
+    """Everything that `inspect` prints. Bytes; `int8` is what the linear layers and lm_head would take in 8 bits."""
+
+    source: str
+    layout: str
+    problems: list[str]
+    sizes: Sizes
+    block_size: int = mxfp4.BLOCK
+    layouts: list[LayoutReport] = field(default_factory=list)
+    rest: dict[str, int] = field(default_factory=dict)
+    linears_bf16: int = 0
+    linears_int8: int = 0
+    fits: list[Fit] = field(default_factory=list)
+
+
+def examine(seen: Survey) -> Report:
+    """Raises ValueError for a config.json whose sizes make no sense."""
+    memory = Memory(seen.config, f"{seen.source}/config.json")
+    report = Report(
+        seen.source, seen.layout, unpacked_problems(seen) if seen.layout == "bf16" else seen.problems(), memory.sizes
+    )
+    for layout in LAYOUTS:
+        padded = layout.sizes(memory.sizes.hidden_size, memory.sizes.intermediate_size)
+        report.layouts.append(LayoutReport(layout.name, *padded, memory.experts(layout), memory.weights(layout)))
+    report.rest = {"attention, norms, routers": memory.attention_and_router(), **memory.vocabulary()}
+    values, rows = memory.linears()
+    report.linears_bf16, report.linears_int8 = fit.BF16 * values, values + 4 * rows  # a float32 scale for each row
+    report.fits = list(memory.fits())
+    return report
+
+
+def unpacked_problems(seen: Survey) -> list[str]:
+    """What keeps `pack` from taking the floats of a folder; of a repository's only their names are known."""
+    from vllm_mxfp4_sm120.packing.source import Source, Unfit
+
+    if not Path(seen.source).is_dir():
+        return []
+    try:
+        Source(seen.source)
+    except Unfit as error:
+        return error.problems
+    except ValueError as error:
+        return [str(error)]
+    return []
+
+
+def lines(report: Report) -> Iterator[str]:
+    """The report for people."""
+    sizes = report.sizes
+    yield f"{report.source}: {sizes.num_layers} layers, {sizes.num_experts} experts, {sizes.top_k} a token"
+    what = {
+        "mxfp4": f"experts in MXFP4, {report.block_size} values a scale",
+        "bf16": "experts aren't packed: `mxfp4-sm120 pack` packs them",
+        "unknown": "no headers here: what follows is config.json's",
+    }[report.layout]
+    yield f"hidden size {sizes.hidden_size}, intermediate size {sizes.intermediate_size}, {what}"
+    yield ""
+    yield f"{'layout':24}{'hidden x intermediate':>24}{'experts GiB':>14}{'all weights GiB':>18}"
+    for each in report.layouts:
+        padded = f"{each.hidden_size} x {each.intermediate_size}"
+        yield f"{each.name:24}{padded:>24}{each.experts / GIB:14.2f}{each.weights / GIB:18.2f}"
+    rest = ", ".join(f"{name} {nbytes / GIB:.2f}" for name, nbytes in report.rest.items())
+    yield f"BF16 in all of them: {rest} GiB"
+    yield (
+        f"linear layers and lm_head {report.linears_bf16 / GIB:.2f} GiB, of 8-bit integers they would be "
+        f"{report.linears_int8 / GIB:.2f}"
+    )
+    yield ""
+    yield from table(report.fits)
+    yield ""
+    yield from report.problems
+    if report.layout != "unknown":
+        yield f"{len(report.problems)} problems" if report.problems else "every tensor is as it should be"
+
+
+def table(fits: list[Fit]) -> Iterator[str]:
+    """Requests at once: a row for each card and number of them, columns by cache and context."""
+    columns = list(dict.fromkeys((row.cache, row.context) for row in fits))
+    heads = "".join(f"{f'{cache} {context // 1024}K':>11}" for cache, context in columns)
+    yield f"{'card':28}{'weights + work GiB':>20}{heads}"
+    rows = {(row.card, row.memory_gb, row.tensor_parallel): row for row in fits}
+    for (card, memory, ranks), first in rows.items():
+        name = f"{'2 x ' if ranks == 2 else ''}{memory} GB ({card})"
+        cells = [row for row in fits if (row.card, row.tensor_parallel) == (card, ranks)]
+        counts = "".join(f"{row.requests or '-':>11}" for row in cells)
+        yield f"{name:28}{(first.weights + first.working) / GIB:20.1f}{counts}"
+    yield "an estimate, for vLLM's defaults; with the desktop on the card there is less"
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.formatter_class = argparse.RawDescriptionHelpFormatter
+    parser.epilog = EXAMPLES
+    parser.add_argument("model", metavar="PATH_OR_REPO", help="a checkpoint's folder, or its name on Hugging Face")
+    parser.add_argument("--verify", action="store_true", help="also compare each file with the folder's SHA256SUMS")
+    parser.add_argument("--json", action="store_true", help="print the report as JSON")
+
+
+def run(args: argparse.Namespace) -> int:
+    """Returns 0, or 1 if something is wrong with the checkpoint."""
+    report = examine(_survey(args.model))
+    if args.verify:
+        from vllm_mxfp4_sm120.packing import verify
+
+        report.problems += verify(Path(args.model))
+    print(json.dumps(asdict(report), indent=2) if args.json else "\n".join(lines(report)))
+    return 1 if report.problems else 0
+
+
+def _survey(model: str) -> Survey:
+    try:
+        return survey(model)
+    except ValueError:
+        if model not in PUBLISHED or Path(model).exists():
+            raise
+        return Survey(model, published_config(model), None)  # what is known of it without a network

@@ -1,0 +1,192 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What a GPT-OSS takes on a card, from config.json alone: weights, computing, the KV cache, and what is left.
+
+Weights and cache follow vLLM's own layouts (gpt_oss.py, v1/kv_cache_interface.py of 0.32). What computing takes is an
+estimate: it comes within 3 % of the use before the KV cache that docs/benchmarks.md has of an H100.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from vllm_mxfp4_sm120.checkpoint.config import AttentionSizes, Sizes
+from vllm_mxfp4_sm120.mxfp4 import BLOCK
+
+GIB = 1 << 30
+BF16, FP8 = 2, 1  # bytes a value
+KV_BLOCK = 16  # tokens; vLLM's block on CUDA
+VOCAB_MULTIPLE = 64  # vLLM pads embedding and output layer to it (DEFAULT_VOCAB_PADDING_SIZE)
+CONTEXTS = (8192, 32768, 131072)
+UTILIZATION = 0.92  # vLLM's --gpu-memory-utilization
+DRIVER = 0.98  # of a card's nominal memory that CUDA has: 31.4 GiB of a 32 GB card
+SYSTEM = 8 * GIB  # what Linux and its programs keep of memory that they share with the GPU
+# A process's CUDA context with its libraries, and the CUDA graphs of vLLM's default sizes.
+CONTEXT, GRAPHS = GIB // 2, GIB // 5
+
+
+@dataclass(frozen=True)
+class Layout:
+    """What experts become in memory: the multiples that hidden and intermediate size are padded to, or BF16."""
+
+    name: str
+    hidden_multiple: int = BLOCK
+    intermediate_multiple: int = BLOCK
+    packed: bool = True
+
+    def sizes(self, hidden: int, intermediate: int) -> tuple[int, int]:
+        """Both after padding."""
+        return round_up(hidden, self.hidden_multiple), round_up(intermediate, self.intermediate_multiple)
+
+
+# The first is this plugin's, but for flashinfer_trtllm; the others are vLLM's oracle/mxfp4.py.
+LAYOUTS = (
+    Layout("native, triton, tiled"),
+    Layout("flashinfer_trtllm", 256, 128),
+    Layout("vLLM Marlin", 256, 128),
+    Layout("vLLM Triton", 64, 64),
+    Layout("upcast (BF16)", packed=False),
+)
+OURS = LAYOUTS[0]
+
+
+@dataclass(frozen=True)
+class Card:
+    """`memory` is the nominal one in GB, as cards are sold; `shared` is the system's, too."""
+
+    memory: int
+    name: str
+    shared: bool = False
+
+    @property
+    def usable(self) -> int:
+        """Bytes that vLLM takes by default."""
+        if self.shared:
+            return int((self.memory * 1e9 - SYSTEM) * UTILIZATION)
+        return int(self.memory * GIB * DRIVER * UTILIZATION)
+
+    @property
+    def batched_tokens(self) -> int:
+        """vLLM serve's --max-num-batched-tokens for a card of this size."""
+        return 8192 if self.memory >= 70 else 2048
+
+
+CARDS = (
+    Card(16, "RTX 5080"),
+    Card(24, "RTX 4090"),
+    Card(32, "RTX 5090"),
+    Card(48, "L40S"),
+    Card(80, "H100"),
+    Card(96, "RTX PRO 6000"),
+    Card(128, "GB10", shared=True),
+)
+
+
+@dataclass(frozen=True)
+class Fit:
+    """One row of the table. Bytes are a rank's; `requests` are those of this length that the cache holds at once."""
+
+    card: str
+    memory_gb: int
+    tensor_parallel: int
+    cache: str
+    context: int
+    weights: int
+    working: int
+    cache_of_request: int
+    requests: int
+
+
+def round_up(value: int, multiple: int) -> int:
+    return -(-value // multiple) * multiple
+
+
+class Memory:
+    """What one model takes. Raises ValueError for a config.json whose sizes make no sense."""
+
+    def __init__(self, config: Mapping[str, Any], source: str = "config.json") -> None:
+        self.sizes, self.attention = Sizes.from_config(config, source), AttentionSizes.from_config(config, source)
+        self.tied = bool(config.get("tie_word_embeddings", False))
+        self.window: int | None = config.get("sliding_window", 128)
+        longest: int = config.get("max_position_embeddings", 131072)
+        self.contexts = sorted({min(context, longest) for context in CONTEXTS})
+
+    def experts(self, layout: Layout = OURS, tensor_parallel: int = 1) -> int:
+        """All layers' experts on one rank, biases and padding included."""
+        shard = round_up(self.sizes.intermediate_size, BLOCK * tensor_parallel) // tensor_parallel  # whole blocks
+        hidden, intermediate = layout.sizes(self.sizes.hidden_size, shard)
+        values = 3 * hidden * intermediate
+        weights = values * 17 // 32 if layout.packed else values * BF16
+        return self.sizes.num_layers * self.sizes.num_experts * (weights + BF16 * (2 * intermediate + hidden))
+
+    def vocabulary(self, tensor_parallel: int = 1) -> dict[str, int]:
+        """Embedding and output layer on one rank."""
+        matrix = round_up(self.attention.vocab_size, VOCAB_MULTIPLE) // tensor_parallel * self.sizes.hidden_size * BF16
+        return {"embed_tokens": matrix, "lm_head": 0 if self.tied else matrix}
+
+    def linears(self) -> tuple[int, int]:
+        """Values and rows of what `dense` layers there are: q, k, v, o of all layers, and the output layer."""
+        hidden, heads = self.sizes.hidden_size, self.attention.num_heads
+        rows = (heads + 2 * self.attention.num_kv_heads) * self.attention.head_dim
+        values = hidden * (rows + heads * self.attention.head_dim)
+        vocab = 0 if self.tied else self.attention.vocab_size
+        return self.sizes.num_layers * values + vocab * hidden, self.sizes.num_layers * (rows + hidden) + vocab
+
+    def attention_and_router(self, tensor_parallel: int = 1) -> int:
+        """Projections, sinks, norms and routers of all layers on one rank."""
+        hidden, dim = self.sizes.hidden_size, self.attention.head_dim
+        heads, kv = self.attention.num_heads // tensor_parallel, self.kv_heads(tensor_parallel)
+        rows = (heads + 2 * kv) * dim
+        projections = hidden * (rows + heads * dim) + rows + hidden
+        router = self.sizes.num_experts * (hidden + 1)
+        return self.sizes.num_layers * BF16 * (projections + heads + router + 2 * hidden) + BF16 * hidden
+
+    def kv_heads(self, tensor_parallel: int) -> int:
+        return max(1, self.attention.num_kv_heads // tensor_parallel)
+
+    def weights(self, layout: Layout = OURS, tensor_parallel: int = 1) -> int:
+        """All of them on one rank."""
+        rest = self.attention_and_router(tensor_parallel) + sum(self.vocabulary(tensor_parallel).values())
+        return self.experts(layout, tensor_parallel) + rest
+
+    def working(self, batched_tokens: int, requests: int = 256, tensor_parallel: int = 1) -> int:
+        """Context, graphs and activations: of a layer for the longest batch, or of sampling, if that takes more."""
+        hidden, shard = self.sizes.hidden_size, self.sizes.intermediate_size // tensor_parallel
+        # Residual and hidden state; the experts' activations, and their sum in FP32.
+        layer = batched_tokens * (2 * BF16 * hidden + self.sizes.top_k * shard * BF16 + 4 * hidden)
+        sampling = requests * self.attention.vocab_size * (4 + 4)  # logits and probabilities in FP32
+        return CONTEXT + GRAPHS + max(layer, sampling)
+
+    def cache_of_request(
+        self, tokens: int, batched_tokens: int, value_bytes: int = BF16, tensor_parallel: int = 1
+    ) -> int:
+        """Bytes that vLLM reserves on one rank for a request of so many tokens.
+
+        Half of the layers see a window only, and free what lies behind it; what two steps, one computing and one being
+        scheduled, may write is kept (`SlidingWindowSpec.max_admission_blocks_per_request`). Each group of layers has
+        blocks of its own from one pool.
+        """
+        layers = self.sizes.num_layers
+        page = KV_BLOCK * self.kv_heads(tensor_parallel) * 2 * self.attention.head_dim * value_bytes
+        full = -(-tokens // KV_BLOCK)
+        if self.window is None or layers == 1:
+            return layers * page * full
+        kept = min(self.window - 1 + 2 * batched_tokens, tokens)
+        return -(-layers // 2) * page * (full + -(-kept // KV_BLOCK) + 1)
+
+    def fits(self, layout: Layout = OURS) -> Iterator[Fit]:
+        """Every card, alone and two of them, BF16 and FP8 cache, every context that the model has."""
+        for card in CARDS:
+            for ranks in (1, 2):
+                for cache, value_bytes in (("BF16", BF16), ("FP8", FP8)):
+                    for context in self.contexts:
+                        yield self.fit(card, ranks, cache, value_bytes, context, layout)
+
+    def fit(self, card: Card, ranks: int, cache: str, value_bytes: int, context: int, layout: Layout = OURS) -> Fit:
+        """One row; no requests where the weights alone are too large."""
+        weights = self.weights(layout, ranks)
+        working = self.working(card.batched_tokens, tensor_parallel=ranks)
+        one = self.cache_of_request(context, card.batched_tokens, value_bytes, ranks)
+        left = card.usable - weights - working
+        return Fit(card.name, card.memory, ranks, cache, context, weights, working, one, max(0, left // one))
