@@ -5,8 +5,8 @@
 
 Its experts are computed by each backend that a CPU has, and by the plain one with each of the faults: the engine is
 started once, and its layers are given another backend each time. FILE gets, as JSON, {"backends": {name: figures},
-"faults": {name: figures}, "completion": what follows the prompt of `mxfp4-sm120 serve`}. Without it the table of faults
-is written anew.
+"faults": {name: figures}, "completion": what follows the prompt of `mxfp4-sm120 serve`, "own_perplexity": as the engine
+answers, "long_answers": {prompt: {judge: [lead of a token that differs]}}}. Without it the table of faults is written.
 """
 
 from __future__ import annotations
@@ -23,6 +23,7 @@ from quality import SMALL, compare, targets, windows_of
 from quality_logits import Setting, load_transformers, record_engine, record_transformers, start_engine
 from torch import Tensor
 
+from tests.quality import long_answers
 from tests.quality.faults import FAULTS, NO_FAULT, break_model, write
 from vllm_mxfp4_sm120 import moe
 from vllm_mxfp4_sm120.backends.tiled import Tiled
@@ -31,6 +32,7 @@ from vllm_mxfp4_sm120.moe import MoEWeights
 
 CHECKPOINT = str(SMALL / "checkpoint")
 TOKENS = 2 * 1024
+LONG_PROMPTS, LONG = long_answers.PROMPTS[:3], 256
 BACKENDS = ("tiled", "upcast", "reference")
 
 
@@ -46,13 +48,13 @@ class Reference(Tiled):
 
 def change_backend(model: Any, name: str) -> None:
     """Give every MoE layer of a running engine that backend, prepared anew from the checkpoint."""
-    from vllm_mxfp4_sm120 import selector
+    from vllm_mxfp4_sm120.backends import registry
     from vllm_mxfp4_sm120.checkpoint import Checkpoint
 
     folder = Checkpoint(CHECKPOINT)
     for index, layer in enumerate(model.model.layers):
         method = layer.mlp.experts.routed_experts.quant_method
-        method.backend = (Reference if name == "reference" else selector.load(name))(method.shape)
+        method.backend = (Reference if name == "reference" else registry.load(name))(method.shape)
         method.prepared = method.backend.prepare(folder.read_layer(index))
 
 
@@ -71,10 +73,11 @@ def main() -> None:
     windows = windows_of(CHECKPOINT, (SMALL / "heldout.txt").read_text(), tokens=TOKENS)
     judged = targets(windows)
     with tempfile.TemporaryDirectory() as folder:
+        models = {dtype: load_transformers(CHECKPOINT, dtype) for dtype in ("bfloat16", "float32")}
         expected = {}
-        for dtype in ("bfloat16", "float32"):
+        for dtype, model in models.items():
             file = Path(folder) / dtype
-            expected[dtype] = record_transformers(load_transformers(CHECKPOINT, dtype), windows, file).open(file)
+            expected[dtype] = record_transformers(model, windows, file).open(file)
         engine = Setting.parse(["skip_tokenizer_init=false"]).arguments
         llm = start_engine(CHECKPOINT, max(map(len, windows)), engine)
         file = Path(folder) / "engine"
@@ -86,6 +89,11 @@ def main() -> None:
         found["own_perplexity"] = record_engine(llm, windows, file).own_perplexity
         sampling = SamplingParams(temperature=0.0, max_tokens=32)
         found["completion"] = llm.generate([PROMPT], sampling, use_tqdm=False)[0].outputs[0].text
+        answers = long_answers.judge(llm, models, LONG_PROMPTS, LONG)
+        found["long_answers"] = {
+            prompt: {name: [each.behind for each in differences] for name, differences in judges.items()}
+            for prompt, judges in answers.items()
+        }
         for name in BACKENDS:
             llm.apply_model(partial(change_backend, name=name))
             found["backends"][name] = judge()
