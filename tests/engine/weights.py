@@ -10,10 +10,15 @@ from __future__ import annotations
 
 import hashlib
 import json
+import shutil
 import sys
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
+
+from tests.faults.damage import Damage, with_value, without
 
 SHARD = "model-00001-of-00001.safetensors"
 
@@ -44,22 +49,22 @@ def load_experts(model: Any, path: str, only: str = "") -> None:
             model.load_weights([(name, tensor)])
 
 
-def load_damaged(model: Any, path: str) -> str:
-    """What is said of experts of another shape; nothing of them is left behind."""
-    from safetensors.torch import load_file
+def load(model: Any, weights: list[tuple[str, Any]]) -> None:
+    model.load_weights(weights)
 
-    name = "model.layers.0.mlp.experts.down_proj_scales"
-    try:
-        model.load_weights([(name, load_file(Path(path) / SHARD)[name][:, :100])])
-    except ValueError as error:
-        return str(error)
-    return "taken"
+
+def damaged(folder: Path, original: str, damage: Damage) -> str:
+    """A copy of the checkpoint, damaged."""
+    damage(Path(shutil.copytree(original, folder)))
+    return str(folder)
 
 
 def main() -> None:
+    import torch
+    from safetensors.torch import load_file
     from vllm import LLM, SamplingParams
 
-    from tests.engine.weights import fingerprint, load_damaged, load_experts
+    from tests.engine.weights import fingerprint, load, load_experts
 
     model, other, *rest = sys.argv[1:]
     sleeps = "--sleep" in rest
@@ -106,9 +111,72 @@ def main() -> None:
     assert answers() != first
     llm.apply_model(partial(load_experts, path=model))
     expect("experts a tensor at a time", first, experts)
-    said = llm.apply_model(partial(load_damaged, path=other))
-    assert all("down_proj_scales is U8" in line for line in said), said
-    llm.collective_rpc("reload_weights")
+    new = load_file(Path(other) / SHARD)
+    attention, packed = "model.layers.0.self_attn", "model.layers.0.mlp.experts"
+    nan = new[f"{attention}.o_proj.weight"].clone().fill_(float("nan"))
+    scales = new[f"{packed}.down_proj_scales"]
+
+    def those(*names: str) -> list[tuple[str, Any]]:
+        return [(name, new[name]) for name in names]
+
+    def refuse(what: str, said: str, change: Callable[[], Any], *, untouched: bool = True) -> None:
+        try:
+            change()
+        except Exception as error:  # of the engine's process, whatever it is there
+            assert said in str(error), f"{what}: {error}"
+        else:
+            raise AssertionError(f"{what}: taken")
+        if untouched:
+            expect(f"refused: {what}", first, experts)
+
+    def update(weights: list[tuple[str, Any]]) -> Callable[[], Any]:
+        return lambda: llm.apply_model(partial(load, weights=weights))
+
+    def session(weights: list[tuple[str, Any]]) -> Callable[[], Any]:
+        return lambda: llm.collective_rpc("reload_weights", kwargs={"weights_iterator": weights})
+
+    qkv = [f"{attention}.{letter}_proj.weight" for letter in "qkv"]
+    wrong = (f"{packed}.down_proj_scales", scales[:, :100])
+    refuse("another shape", "down_proj_scales is U8", update([*those(f"{packed}.down_proj_blocks"), wrong]))
+    refuse(
+        "NaN behind a good one", "NaN or Inf", update([*those("lm_head.weight"), (f"{attention}.o_proj.weight", nan)])
+    )
+    refuse("NaN in a session", "NaN or Inf", session([*those("lm_head.weight"), (f"{attention}.o_proj.weight", nan)]))
+    named = [name for name in new if name.startswith(packed) and not name.endswith("down_proj_scales")]
+    refuse(
+        "a scale that is NaN",
+        f"{packed}.down_proj_scales[0, 0, 0] is 255",
+        update([*those(*named), (f"{packed}.down_proj_scales", torch.full_like(scales, 255))]),
+    )
+    refuse("q without k and v", f"{attention}.k_proj.weight, {attention}.v_proj.weight missing", session(those(qkv[0])))
+    refuse("experts without scales", f"{packed}.down_proj_scales not loaded", session(those(*named)))
+    session(those(*qkv, "lm_head.weight", f"{attention}.o_proj.bias", "model.layers.1.mlp.router.bias"))()
+    assert answers() not in (first, second)
+    with TemporaryDirectory() as folder:
+        llm.collective_rpc("reload_weights", kwargs={"weights_path": model})
+        expect("some tensors, and back", first, experts)
+        for what, damage, said, untouched in (
+            ("a folder without k_proj", without(qkv[1]), f"{qkv[1]} (BF16", True),
+            ("NaN in a folder", with_value("model.layers.1.mlp.router.bias", float("nan")), "router.bias", False),
+        ):
+            copy = damaged(Path(folder, what), other, damage)
+            refuse(
+                what,
+                said,
+                lambda copy=copy: llm.collective_rpc("reload_weights", kwargs={"weights_path": copy}),  # type: ignore[misc]
+                untouched=untouched,
+            )
+        empty = Path(folder, "saved")
+        empty.mkdir()
+        refuse(
+            "saving",
+            "can't be saved",
+            lambda: llm.collective_rpc("save_sharded_state", kwargs={"path": str(empty)}),
+            untouched=False,
+        )
+        assert not any(empty.iterdir())
+    answers()  # of old layers and new ones
+    llm.collective_rpc("reload_weights", kwargs={"weights_path": model})
     expect("after what was refused", first, experts)
     for level in (1, 2) if sleeps else ():
         llm.sleep(level=level)

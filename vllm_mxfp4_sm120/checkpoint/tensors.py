@@ -214,7 +214,11 @@ def check_complete(names: Iterable[str], required: Mapping[str, TensorInfo], sou
 
 
 def checked(
-    weights: Iterable[tuple[str, Tensor]], config: Mapping[str, Any], source: object = "checkpoint", whole: bool = True
+    weights: Iterable[tuple[str, Tensor]],
+    config: Mapping[str, Any],
+    source: object = "checkpoint",
+    whole: bool = True,
+    at_once: bool = False,
 ) -> Iterator[tuple[str, Tensor]]:
     """The weights as they load, from whatever source, under published names, in published dtypes and shapes.
 
@@ -222,12 +226,11 @@ def checked(
     absent. One logged line each says that other names were taken, and that floats were rounded to BF16.
 
     Raises ValueError, naming the tensor: at once for a wrong dtype or shape, or a second time; after the last tensor
-    for NaN or Inf, and with `whole` for what is missing. Scales are looked at when a layer has them all
-    (`MoEWeights.scale_outside`).
+    for NaN or Inf (with `at_once` before that tensor is handed on), and with `whole` for what is missing. Scales are
+    looked at when a layer has them all (`MoEWeights.scale_outside`).
     """
     required = required_tensors(config, str(source))
     known = {LM_HEAD: required[EMBEDDING], **required}
-    embedding: Tensor | None = None
     seen: dict[str, str] = {}
     rounded: list[str] = []
     finite = FiniteCheck()
@@ -244,14 +247,14 @@ def checked(
             check_tensor(name, replace(info, spelling=None if spelling == name else spelling), known, source)
             part = as_published(tensor[slice(*info.rows)] if info.rows else tensor, known[name])
             finite.add(name, part)
+            if at_once:
+                finite.finish()
             seen[name] = spelling
             if info.dtype in ("F16", "F32"):
                 rounded.append(f"{name} ({info.dtype})")
-            if name == EMBEDDING and LM_HEAD not in required:
-                embedding = part
             yield name, part
-    if embedding is not None and LM_HEAD not in seen:
-        yield LM_HEAD, embedding
+            if name == EMBEDDING and LM_HEAD not in required and LM_HEAD not in seen:
+                yield LM_HEAD, part  # now, for a source may use its memory again; one that comes later replaces it
     finite.finish()
     if whole:
         check_complete(seen, required, source)

@@ -16,7 +16,6 @@ from vllm_mxfp4_sm120.quantization.vllm_symbols import (
     QuantizationConfig,
     QuantizeMethodBase,
     RoutedExperts,
-    UnquantizedLinearMethod,
     current_platform,
 )
 
@@ -80,9 +79,10 @@ class Mxfp4Sm120Config(QuantizationConfig):
 
     def get_quant_method(self, layer: torch.nn.Module, prefix: str) -> QuantizeMethodBase | None:
         from vllm_mxfp4_sm120.quantization.fused_moe import Mxfp4Sm120MoEMethod
+        from vllm_mxfp4_sm120.quantization.reload import LinearMethod
 
         if isinstance(layer, LinearBase):
-            return UnquantizedLinearMethod()
+            return LinearMethod()
         if isinstance(layer, RoutedExperts):
             return Mxfp4Sm120MoEMethod(layer.moe_config)
         return None

@@ -12,7 +12,7 @@ from vllm_mxfp4_sm120 import mxfp4, selector
 from vllm_mxfp4_sm120.backends.base import Backend
 from vllm_mxfp4_sm120.memory import reused_blocks
 from vllm_mxfp4_sm120.moe import Activation, MoEShape, MoEWeights
-from vllm_mxfp4_sm120.quantization import ops
+from vllm_mxfp4_sm120.quantization import ops, reload
 from vllm_mxfp4_sm120.quantization.loader import PARAMETERS, Loader, Shard, parameters
 from vllm_mxfp4_sm120.quantization.vllm_symbols import (
     CUDAGraphMode,
@@ -52,7 +52,7 @@ class Mxfp4Sm120MoEMethod(FusedMoEMethodBase):
         returned = config.aux_output_config.enable_return_routed_experts
         changed = getattr(moe, "require_decomposed_backend", False)
         self.routes = moe.routing_method in ROUTED_BY_BACKEND and not returned and not changed
-        self.compilation_config = config.compilation_config
+        self.compilation_config, self.model_config = config.compilation_config, config.model_config
         # Then weights come later, from a trainer, or never.
         self.invented = config.load_config.load_format == "dummy"
         self.prepared: dict[str, Tensor] = {}
@@ -122,12 +122,11 @@ class Mxfp4Sm120MoEMethod(FusedMoEMethodBase):
         write into the tensors of the first, which CUDA graphs have captured. Raises ValueError.
         """
         weights = MoEWeights(**{field: getattr(layer, name).data for name, field in PARAMETERS.items()})
-        if self.loader.loaded or not self.invented or self.prepared:
-            self.loader.finish()
         if self.prepared:
-            if (reason := self.backend.why_not_weights(weights)) is not None:
-                raise ValueError(f"{layer.layer_name}.{reason}; a running engine can't change its backend: restart it")
+            self.check_again(layer, weights)
         else:
+            if self.loader.loaded or not self.invented:
+                self.loader.finish()
             choice = selector.fall_through(self.choice, self.shape, weights, self.request, layer.layer_name)
             if choice.backend is not self.choice.backend:
                 self.choose(choice)
@@ -141,6 +140,19 @@ class Mxfp4Sm120MoEMethod(FusedMoEMethodBase):
             else:
                 self.prepared[name] = torch.nn.Parameter(tensor, requires_grad=False)
             layer.register_parameter(f"packed_{name}", self.prepared[name])
+
+    def check_again(self, layer: RoutedExperts, weights: MoEWeights) -> None:
+        """Raises ValueError for new weights of a running engine that its backend can't take; the old ones answer."""
+        try:
+            self.loader.finish()
+            if (reason := self.backend.why_not_weights(weights)) is not None:
+                raise ValueError(f"{reason}; a running engine can't change its backend: restart it")
+        except ValueError as error:
+            for name in PARAMETERS:
+                delattr(layer, name)
+            reload.abandon(self.model_config)
+            text = str(error).removeprefix(f"{layer.layer_name}.")
+            raise ValueError(f"{layer.layer_name}.{text}") from None
 
     def get_fused_moe_quant_config(self, layer: RoutedExperts) -> None:
         """None: this method computes the layer itself, without vLLM's modular kernels."""

@@ -143,7 +143,7 @@ class Loader:
         self.loaded = set()
         if missing:
             raise ValueError(
-                f"{self.layer_name}: {', '.join(missing)} not loaded, expected all of a layer's experts together"
+                f"{self.layer_name}.{', '.join(missing)} not loaded, expected all of a layer's experts together"
             )
 
 

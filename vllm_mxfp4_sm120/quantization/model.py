@@ -9,8 +9,9 @@ from typing import Any
 from torch import Tensor
 
 from vllm_mxfp4_sm120.checkpoint import checked
-from vllm_mxfp4_sm120.quantization import router
-from vllm_mxfp4_sm120.quantization.loader import PARAMETER_OF, PUBLISHED
+from vllm_mxfp4_sm120.quantization import reload, router
+from vllm_mxfp4_sm120.quantization.loader import PARAMETER_OF, PARAMETERS, PUBLISHED
+from vllm_mxfp4_sm120.quantization.model_config import check
 from vllm_mxfp4_sm120.quantization.vllm_symbols import (
     GptOssForCausalLM,
     RoutedExperts,
@@ -52,12 +53,30 @@ class Mxfp4Sm120ForCausalLM(GptOssForCausalLM):
         super().__init__(vllm_config=vllm_config, prefix=prefix)
         self.complete = vllm_config.load_config.load_format == "dummy"
 
+    def state_dict(self, *args: Any, **kwargs: Any) -> Any:
+        """Raises ValueError: vLLM would save (`save_sharded_state`) a backend's own layout, which nothing loads."""
+        raise ValueError(
+            f"{self.vllm_config.model_config.model}: a model whose experts lie in a backend's own layout can't be "
+            "saved; copy the checkpoint that it was loaded from"
+        )
+
     def load_weights(self, weights: Iterable[tuple[str, Tensor]]) -> set[str]:
-        """Load a checkpoint, or in a running engine any part of one. Raises ValueError, naming the tensor."""
-        source = self.vllm_config.model_config.model
-        named = checked(weights, self.config.to_dict(), source, whole=not self.complete)
-        experts = _Experts(self)
-        loaded = super().load_weights(experts.take(named))
+        """Load a checkpoint, or in a running engine any part of one.
+
+        Raises ValueError, naming the tensor. Nothing of a list that holds a wrong tensor is loaded, nor of a folder
+        whose headers are wrong; from any other source what came before the wrong tensor is.
+        """
+        model = self.vllm_config.model_config
+        whole = not self.complete or reload.is_checkpoint(weights)
+        try:
+            if self.complete and whole:
+                check(self.vllm_config)
+            named = checked(weights, self.config.to_dict(), model.model, whole=whole, at_once=self.complete)
+            experts = _Experts(self)
+            loaded = super().load_weights(experts.take(list(named) if isinstance(weights, list | tuple) else named))
+        except ValueError:
+            reload.abandon(model)
+            raise
         experts.finish()
         self.complete = True
         return loaded | experts.loaded
@@ -69,6 +88,10 @@ class _Experts:
     def __init__(self, model: Mxfp4Sm120ForCausalLM) -> None:
         modules = [(name, module) for name, module in model.named_modules() if isinstance(module, RoutedExperts)]
         self.layers: dict[str, tuple[str, Any]] = {module.layer_name: (name, module) for name, module in modules}
+        for _, layer in modules:
+            # What a trainer left unfinished is no part of the old weights.
+            if reload.drop_staged(layer, PARAMETERS):
+                layer.quant_method.loader.loaded = set()
         self.parameters = dict(model.named_parameters())
         self.loaded: set[str] = set()
 

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from vllm_mxfp4_sm120 import NAME
 from vllm_mxfp4_sm120.backends.base import Backend
+from vllm_mxfp4_sm120.quantization.reload import LinearMethod, keeps_weight
 from vllm_mxfp4_sm120.quantization.vllm_symbols import (
     GateLinear,
     UnquantizedLinearMethod,
@@ -19,7 +20,7 @@ from vllm_mxfp4_sm120.quantization.vllm_symbols import (
 )
 
 
-class RouterMethod(UnquantizedLinearMethod):
+class RouterMethod(LinearMethod):
     """`backend` is that of the experts behind the router, where it brings a kernel for both; else None, and vLLM's
 
     linear answers.
@@ -32,6 +33,8 @@ class RouterMethod(UnquantizedLinearMethod):
         self.layers = layers  # by name; the experts are made after their router
 
     def process_weights_after_loading(self, layer: Any) -> None:
+        if keeps_weight(layer, self.model_config):
+            return
         experts = self.layers.get(layer.prefix.removesuffix("router") + "experts")
         backend = getattr(getattr(getattr(experts, "routed_experts", None), "quant_method", None), "backend", None)
         if backend is not None and backend.has_router and layer.weight.dtype == torch.bfloat16:

@@ -23,13 +23,21 @@ from vllm.model_executor.layers.fused_moe import (
     RoutedExperts,  # the layer that holds the experts' parameters
     RoutingMethodType,  # whether the backend may choose the experts
 )
-from vllm.model_executor.layers.linear import LinearBase, UnquantizedLinearMethod  # attention stays BF16
+from vllm.model_executor.layers.linear import (
+    LinearBase,
+    QKVParallelLinear,  # which of its three weights have come
+    UnquantizedLinearMethod,  # attention stays BF16
+)
 from vllm.model_executor.layers.quantization import (
     QUANTIZATION_METHODS,  # vLLM's own names, which are no misspelling of ours
     QuantizationConfig,  # the claim itself
     register_quantization_config,
 )
 from vllm.model_executor.layers.quantization.base_config import QuantizeMethodBase  # a return type
+from vllm.model_executor.model_loader.reload.layerwise import (
+    LAYERWISE_INFO,  # old weights, for a reload that is refused
+    finalize_layerwise_reload,
+)
 from vllm.model_executor.model_loader.weight_utils import default_weight_loader  # for sinks
 from vllm.model_executor.models import ModelRegistry  # the model class that checks tensors as they load (model.py)
 from vllm.model_executor.models.config import MODELS_CONFIG_MAP  # where the engine's whole configuration is seen first
@@ -43,6 +51,7 @@ from vllm_mxfp4_sm120 import log
 logger = init_logger(log.logger.name)  # the plugin's own; vLLM adds its methods to it
 
 __all__ = [
+    "LAYERWISE_INFO",
     "MODELS_CONFIG_MAP",
     "QUANTIZATION_METHODS",
     "CUDAGraphMode",
@@ -54,6 +63,7 @@ __all__ = [
     "LinearBase",
     "MoEActivation",
     "ModelRegistry",
+    "QKVParallelLinear",
     "QuantizationConfig",
     "QuantizeMethodBase",
     "RoutedExperts",
@@ -63,6 +73,7 @@ __all__ = [
     "WeightsMapper",
     "current_platform",
     "default_weight_loader",
+    "finalize_layerwise_reload",
     "get_current_vllm_config",
     "get_forward_context",
     "get_tensor_model_parallel_rank",
