@@ -18,7 +18,7 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
-from tests.faults.damage import Damage, with_value, without
+from tests.faults.damage import with_value, without
 
 SHARD = "model-00001-of-00001.safetensors"
 
@@ -53,138 +53,163 @@ def load(model: Any, weights: list[tuple[str, Any]]) -> None:
     model.load_weights(weights)
 
 
-def damaged(folder: Path, original: str, damage: Damage) -> str:
-    """A copy of the checkpoint, damaged."""
-    damage(Path(shutil.copytree(original, folder)))
-    return str(folder)
+class Engine:
+    """A running one, and what it answered with the weights that it started with."""
 
+    def __init__(self, model: str, sleeps: bool, arguments: dict[str, Any]) -> None:
+        from vllm import LLM
 
-def main() -> None:
-    import torch
-    from safetensors.torch import load_file
-    from vllm import LLM, SamplingParams
+        arguments = {"max_model_len": 512, "quantization": "mxfp4_sm120", "kv_cache_memory_bytes": 1 << 26, **arguments}
+        self.llm: Any = LLM(model=model, enable_sleep_mode=sleeps, enable_prefix_caching=False, **arguments)
+        self.model, self.answer, self.prints = model, self.answers(), self.fingerprints()
 
-    from tests.engine.weights import fingerprint, load, load_experts
+    def answers(self) -> list:
+        from vllm import SamplingParams
 
-    model, other, *rest = sys.argv[1:]
-    sleeps = "--sleep" in rest
-    arguments = json.loads(next((text for text in rest if text.startswith("{")), "{}"))
-    arguments = {"max_model_len": 512, "quantization": "mxfp4_sm120", "kv_cache_memory_bytes": 1 << 26, **arguments}
-    llm = LLM(model=model, enable_sleep_mode=sleeps, enable_prefix_caching=False, **arguments)
-    sampling = SamplingParams(temperature=0.0, max_tokens=8, ignore_eos=True, logprobs=0)
-    prompts = [{"prompt_token_ids": list(range(5, 5 + length))} for length in (1, 7, 40)]
-
-    def answers() -> list:
-        outputs = [request.outputs[0] for request in llm.generate(prompts, sampling, use_tqdm=False)]
+        sampling = SamplingParams(temperature=0.0, max_tokens=8, ignore_eos=True, logprobs=0)
+        prompts = [{"prompt_token_ids": list(range(5, 5 + length))} for length in (1, 7, 40)]
+        outputs = [request.outputs[0] for request in self.llm.generate(prompts, sampling, use_tqdm=False)]
         return [
             [(token, step[token].logprob) for token, step in zip(output.token_ids, output.logprobs, strict=True)]
             for output in outputs
         ]
 
-    def expect(what: str, answer: list, experts: list) -> None:
-        assert llm.apply_model(fingerprint) == experts, f"{what}: other bytes or places"
-        assert answers() == answer, f"{what}: other answers"
+    def fingerprints(self) -> list[dict[str, list]]:
+        """Of each rank."""
+        from tests.engine.weights import fingerprint  # which ranks in other processes find by this name
+
+        return self.llm.apply_model(fingerprint)
+
+    def expect_the_first(self, what: str) -> None:
+        assert self.fingerprints() == self.prints, f"{what}: other bytes or places"
+        assert self.answers() == self.answer, f"{what}: other answers"
         print(f"{what}: as before", flush=True)
 
-    first, experts = answers(), llm.apply_model(fingerprint)
-    if model == other:
-        print(json.dumps(first))
-        return
-    llm.collective_rpc("reload_weights")
-    expect("the same, reloaded", first, experts)
-    llm.collective_rpc("reload_weights", kwargs={"weights_path": other})
-    second, others = answers(), llm.apply_model(fingerprint)
-    assert second != first
-    for rank, before in zip(others, experts, strict=True):
+    def reload(self, path: str | None = None, **how: Any) -> None:
+        """As vLLM does: from a folder, or `weights_iterator`."""
+        self.llm.collective_rpc("reload_weights", kwargs={"weights_path": path, **how} if path else how)
+
+    def update(self, weights: list[tuple[str, Any]]) -> None:
+        """As a trainer does that calls load_weights itself."""
+        from tests.engine.weights import load
+
+        self.llm.apply_model(partial(load, weights=weights))
+
+
+def changes(engine: Engine, other: str) -> list:
+    """Weights that change, and back. Returns the answers of OTHER."""
+    from tests.engine.weights import load_experts
+
+    engine.reload()
+    engine.expect_the_first("the same, reloaded")
+    engine.reload(other)
+    second, others = engine.answers(), engine.fingerprints()
+    assert second != engine.answer
+    for rank, before in zip(others, engine.prints, strict=True):
         assert {name: place for name, (place, _) in rank.items()} == {n: place for n, (place, _) in before.items()}
         same = {name for name, (_, digest) in rank.items() if digest == before[name][1]}
         # The identity in every tiny checkpoint, and the bias that only the first rank adds.
         assert all(name.endswith(("router.weight", "packed_w2_bias")) for name in same), same
-    llm.collective_rpc("reload_weights", kwargs={"weights_path": model})
-    expect("another and back", first, experts)
+    engine.reload(engine.model)
+    engine.expect_the_first("another and back")
 
-    llm.apply_model(partial(load_experts, path=other, only="gate_up_proj"))
-    expect("a part of each layer", first, experts)
-    llm.apply_model(partial(load_experts, path=other, only="down_proj"))
-    for rank, before, after in zip(llm.apply_model(fingerprint), experts, others, strict=True):
+    engine.llm.apply_model(partial(load_experts, path=other, only="gate_up_proj"))
+    engine.expect_the_first("a part of each layer")
+    engine.llm.apply_model(partial(load_experts, path=other, only="down_proj"))
+    for rank, before, after in zip(engine.fingerprints(), engine.prints, others, strict=True):
         assert all(value == (after if ".packed_" in name else before)[name] for name, value in rank.items())
-    assert answers() != first
-    llm.apply_model(partial(load_experts, path=model))
-    expect("experts a tensor at a time", first, experts)
+    assert engine.answers() != engine.answer
+    engine.llm.apply_model(partial(load_experts, path=engine.model))
+    engine.expect_the_first("experts a tensor at a time")
+    engine.llm.apply_model(partial(load_experts, path=other, only="gate_up_proj"))
+    engine.reload(engine.model)
+    engine.expect_the_first("left unfinished, and reloaded")
+    return second
+
+
+def refusals(engine: Engine, other: str) -> None:
+    """What is wrong is refused by name, and the old weights answer.
+
+    On one rank: where several raise, vLLM takes the others' errors for answers to its next calls.
+    """
+    import torch
+    from safetensors.torch import load_file
+
     new = load_file(Path(other) / SHARD)
     attention, packed = "model.layers.0.self_attn", "model.layers.0.mlp.experts"
-    nan = new[f"{attention}.o_proj.weight"].clone().fill_(float("nan"))
-    scales = new[f"{packed}.down_proj_scales"]
+    q, k, v, o = (f"{attention}.{letter}_proj.weight" for letter in "qkvo")
+    scales = f"{packed}.down_proj_scales"
+    others = [name for name in new if name.startswith(packed) and name != scales]
+    nan, cut = (o, torch.full_like(new[o], float("nan"))), (scales, new[scales][:, :100])
+    all_nan = (scales, torch.full_like(new[scales], 255))
 
     def those(*names: str) -> list[tuple[str, Any]]:
         return [(name, new[name]) for name in names]
 
-    def refuse(what: str, said: str, change: Callable[[], Any], *, untouched: bool = True) -> None:
-        try:
-            change()
-        except Exception as error:  # of the engine's process, whatever it is there
-            assert said in str(error), f"{what}: {error}"
-        else:
-            raise AssertionError(f"{what}: taken")
-        if untouched:
-            expect(f"refused: {what}", first, experts)
+    def session(weights: list[tuple[str, Any]]) -> None:
+        engine.reload(weights_iterator=weights)
 
-    def update(weights: list[tuple[str, Any]]) -> Callable[[], Any]:
-        return lambda: llm.apply_model(partial(load, weights=weights))
-
-    def session(weights: list[tuple[str, Any]]) -> Callable[[], Any]:
-        return lambda: llm.collective_rpc("reload_weights", kwargs={"weights_iterator": weights})
-
-    qkv = [f"{attention}.{letter}_proj.weight" for letter in "qkv"]
-    wrong = (f"{packed}.down_proj_scales", scales[:, :100])
-    refuse("another shape", "down_proj_scales is U8", update([*those(f"{packed}.down_proj_blocks"), wrong]))
-    refuse(
-        "NaN behind a good one", "NaN or Inf", update([*those("lm_head.weight"), (f"{attention}.o_proj.weight", nan)])
-    )
-    refuse("NaN in a session", "NaN or Inf", session([*those("lm_head.weight"), (f"{attention}.o_proj.weight", nan)]))
-    named = [name for name in new if name.startswith(packed) and not name.endswith("down_proj_scales")]
-    refuse(
-        "a scale that is NaN",
-        f"{packed}.down_proj_scales[0, 0, 0] is 255",
-        update([*those(*named), (f"{packed}.down_proj_scales", torch.full_like(scales, 255))]),
-    )
-    refuse("q without k and v", f"{attention}.k_proj.weight, {attention}.v_proj.weight missing", session(those(qkv[0])))
-    refuse("experts without scales", f"{packed}.down_proj_scales not loaded", session(those(*named)))
-    session(those(*qkv, "lm_head.weight", f"{attention}.o_proj.bias", "model.layers.1.mlp.router.bias"))()
-    assert answers() not in (first, second)
+    for change, weights, said in (
+        (engine.update, [*those("lm_head.weight"), cut], "down_proj_scales is U8 [16, 100, 5], expected U8"),
+        (engine.update, [*those("lm_head.weight"), nan], f"NaN or Inf (or beyond BF16's range) in {o}"),
+        (engine.update, [*those(*others), all_nan], f"{scales}[0, 0, 0] is 255 (NaN)"),
+        (session, [*those("lm_head.weight"), nan], f"NaN or Inf (or beyond BF16's range) in {o}"),
+        (session, [*those(*others), all_nan], f"{scales}[0, 0, 0] is 255 (NaN)"),
+        (session, those(q), f"{k}, {v} missing, expected q, k and v together"),
+        (session, those(*others), f"{scales} not loaded"),
+    ):
+        refuse(said, partial(change, weights))
+        engine.expect_the_first(f"refused: {said}")
+    session(those(q, k, v, "lm_head.weight", f"{attention}.o_proj.bias", "model.layers.1.mlp.router.bias"))
+    assert engine.answers() != engine.answer
+    engine.reload(engine.model)
+    engine.expect_the_first("some tensors, and back")
     with TemporaryDirectory() as folder:
-        llm.collective_rpc("reload_weights", kwargs={"weights_path": model})
-        expect("some tensors, and back", first, experts)
-        for what, damage, said, untouched in (
-            ("a folder without k_proj", without(qkv[1]), f"{qkv[1]} (BF16", True),
-            ("NaN in a folder", with_value("model.layers.1.mlp.router.bias", float("nan")), "router.bias", False),
+        for what, damage, said in (
+            ("missing", without(k), f"{k} (BF16"),
+            ("nan", with_value("model.layers.1.mlp.router.bias", float("nan")), "model.layers.1.mlp.router.bias"),
         ):
-            copy = damaged(Path(folder, what), other, damage)
-            refuse(
-                what,
-                said,
-                lambda copy=copy: llm.collective_rpc("reload_weights", kwargs={"weights_path": copy}),  # type: ignore[misc]
-                untouched=untouched,
-            )
+            copy = Path(shutil.copytree(other, Path(folder, what)))
+            damage(copy)
+            refuse(said, partial(engine.reload, str(copy)))
+            if what == "missing":
+                engine.expect_the_first("a folder without a tensor")
         empty = Path(folder, "saved")
         empty.mkdir()
-        refuse(
-            "saving",
-            "can't be saved",
-            lambda: llm.collective_rpc("save_sharded_state", kwargs={"path": str(empty)}),
-            untouched=False,
-        )
+        refuse("can't be saved", partial(engine.llm.collective_rpc, "save_sharded_state", kwargs={"path": str(empty)}))
         assert not any(empty.iterdir())
-    answers()  # of old layers and new ones
-    llm.collective_rpc("reload_weights", kwargs={"weights_path": model})
-    expect("after what was refused", first, experts)
+    engine.answers()  # of new layers and, from the NaN on, old ones
+    engine.reload(engine.model)
+    engine.expect_the_first("after what was refused")
+
+
+def refuse(said: str, change: Callable[[], Any]) -> None:
+    try:
+        change()
+    except Exception as error:  # of the engine's process, whatever it is there
+        assert said in str(error), error
+    else:
+        raise AssertionError(f"taken: {said}")
+
+
+def main() -> None:
+    model, other, *rest = sys.argv[1:]
+    sleeps = "--sleep" in rest
+    arguments = json.loads(next((text for text in rest if text.startswith("{")), "{}"))
+    engine = Engine(model, sleeps, arguments)
+    if model == other:
+        print(json.dumps(engine.answer))
+        return
+    second = changes(engine, other)
+    if arguments.get("tensor_parallel_size", 1) == 1:
+        refusals(engine, other)
     for level in (1, 2) if sleeps else ():
-        llm.sleep(level=level)
-        llm.wake_up(tags=["weights"])
+        engine.llm.sleep(level=level)
+        engine.llm.wake_up(tags=["weights"])
         if level == 2:
-            llm.collective_rpc("reload_weights")
-        llm.wake_up(tags=["kv_cache"])
-        expect(f"asleep at level {level}", first, experts)
+            engine.reload()
+        engine.llm.wake_up(tags=["kv_cache"])
+        engine.expect_the_first(f"asleep at level {level}")
     print(json.dumps(second))
 
 
