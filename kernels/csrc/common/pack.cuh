@@ -27,6 +27,8 @@ __device__ __forceinline__ uint32_t pack_fp16x2(float lo, float hi) {
 // large; NaN and infinity stay with the number that is one. The largest is scaled to 2^7 .. 2^15, in steps of 2^8, so
 // that four bits say which step: each FP16's last one. Sixteen steps are 2^-63 .. 2^65: beyond, a number is infinite;
 // below, it keeps 10 bits down to 2^-84. (w2's scales are 2^-84 to 2^49, its sums mostly some hundred times that.)
+// With 300 as the largest, whose exponent field is 135, the step is 135 / 8 = 16: all are multiplied by 2^6, 300
+// becomes 19200, and 16 - FIRST_STEP = 9 = 0b1001 leaves 1, 0, 0, 1 as last bits.
 //
 // Numbers come times PACKED_SCALE. A step less or more costs nothing, and without it gate-up's epilogue and down's
 // begin with the same arithmetic, which the compiler then has them share: at 80 tokens on sm_120 that spills registers.

@@ -6,6 +6,11 @@
 
 namespace mxfp4_sm120 {
 
+// The block's dynamic shared memory, as much as its launch asked for.
+__device__ __forceinline__ uint8_t* dynamic_shared_memory() {
+  extern __shared__ __align__(128) uint8_t bytes[];
+  return bytes;
+}
 __device__ __forceinline__ uint32_t smem_addr(const void* p) {
   return static_cast<uint32_t>(__cvta_generic_to_shared(p));
 }

@@ -7,7 +7,9 @@
 
 namespace mxfp4_sm120 {
 
-// A float as an unsigned that sorts the same way (NaN with its sign cleared sorts above +inf, as torch.topk has it).
+// A float as an unsigned that sorts the same way (NaN with its sign cleared sorts above +inf, as torch.topk has it):
+// positive ones get their sign bit set, negative ones are complemented. So -2, -1, 1, 2 are 0x3fffffff, 0x407fffff,
+// 0xbf800000, 0xc0000000.
 __device__ __forceinline__ uint32_t sortable(float f) {
   const uint32_t u = isnan(f) ? 0x7fffffffu : __float_as_uint(f);
   return (u & 0x80000000u) ? ~u : (u | 0x80000000u);

@@ -30,7 +30,8 @@ constexpr int TILE_CHUNKS = TILE_BYTES / 16;  // 16-byte copies
 // 2^SCALE_OFFSET_EXP, which the decoded weights lack (see fp4.cuh).
 constexpr float ACCUMULATOR_SCALE = static_cast<float>(1ull << SCALE_OFFSET_EXP);
 
-// The scale bytes of rows 2m and 2m + 1 as bf16 powers of two, in the low and the high half.
+// The scale bytes of rows 2m and 2m + 1 as bf16 powers of two, in the low and the high half: a byte is bf16's exponent
+// field, which begins at bit 7. So 0x7f and 0x80 are 0x3f80 and 0x4000, 1 and 2.
 __device__ __forceinline__ uint32_t scales_of_rows(uint32_t four_scales, int m) {
   return __byte_perm(four_scales, 0, ((2 * m + 1) << 12) | (4 << 8) | ((2 * m) << 4) | 4) >> 1;
 }

@@ -40,7 +40,7 @@ namespace {
 
 template <typename S>
 __global__ void __launch_bounds__(S::THREADS, 1) decode_layer(const MoeArgs args, const DecodeWorkspace ws) {
-  extern __shared__ __align__(128) uint8_t smem[];
+  uint8_t* const smem = dynamic_shared_memory();
   const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
   Block<S> block(args, ws, smem);
   auto& rt = block.rt;

@@ -118,7 +118,8 @@ struct OwnTokens : Choices<GATHERED_MAX_TOKENS> {
       return n;
     };
     if (threadIdx.x < 32) {
-      int before = 0;  // groups, and in the upper half places
+      // Groups, and in the upper half places: 11 tokens of an expert are 2 | 11 << 16, two groups and eleven places.
+      int before = 0;
       for (int e0 = 0; e0 < args.local_experts; e0 += 32) {
         const int e = e0 + threadIdx.x, n = e < args.local_experts ? count_of(e) : 0;
         const int mine = (n + COLUMNS - 1) / COLUMNS | n << 16, through = before + inclusive_scan(mine, threadIdx.x);

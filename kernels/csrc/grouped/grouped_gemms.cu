@@ -32,7 +32,7 @@ namespace {
 
 template <typename S>
 __global__ void __launch_bounds__(S::THREADS, S::BLOCKS) grouped_gemms(const __grid_constant__ Layer p) {
-  extern __shared__ __align__(128) uint8_t smem_bytes[];
+  uint8_t* const smem_bytes = dynamic_shared_memory();
   const uint32_t smem = smem_addr(smem_bytes);
   Shared<S>& shared = *reinterpret_cast<Shared<S>*>(smem_bytes + S::RING_BYTES);
   constexpr int STAGES = S::STAGES, STAGE_BYTES = S::STAGE_BYTES, COLUMN_GROUPS = S::COLUMN_GROUPS;

@@ -35,6 +35,16 @@ __global__ void __launch_bounds__(256) route(const MoeArgs args, const GroupedWo
   if (token < args.M) route_into(ws.expert, ws.weight, args, token, lane);
 }
 
+// All tokens, by a whole block.
+__device__ __forceinline__ void route_all(int* experts, float* weights, const MoeArgs& args) {
+  const int warp = threadIdx.x / 32, lane = threadIdx.x % 32, warps = blockDim.x / 32;
+  for (int token = warp; token < args.M; token += warps)
+    route_into(experts, weights, args, token, lane);
+  __syncthreads();
+}
+
+constexpr int NO_SLOT = -2;  // -1 is a slot whose expert is elsewhere
+
 // Block e finds expert e's slots by itself: how many belong to lower experts says where its run begins. A warp owns
 // consecutive slots, and ballots keep their order. No atomics, no second pass over other blocks' results.
 template <bool FUSED>
@@ -44,18 +54,12 @@ __global__ void __launch_bounds__(32 * GROUP_WARPS) group_slots(const MoeArgs ar
   wait_for_previous_kernel();
   let_next_kernel_start();
   const int e = blockIdx.x, warp = threadIdx.x / 32, lane = threadIdx.x % 32, warps = blockDim.x / 32;
-  if (FUSED) {
-    for (int token = warp; token < args.M; token += warps)
-      route_into(routed, e == 0 ? ws.weight : nullptr, args, token, lane);
-    __syncthreads();
-  }
+  if (FUSED) route_all(routed, e == 0 ? ws.weight : nullptr, args);
   const int* const expert_of = FUSED ? routed : ws.expert;
   const int slots = args.M * args.top_k, each = (slots + 32 * warps - 1) / (32 * warps) * 32;  // of a warp
   const int begin = min(slots, warp * each), end = min(slots, begin + each);
-  // The experts of this warp's next slots; NO_SLOT past its last.
   constexpr int AT_ONCE = FUSED ? 1 : 8;  // loads under way together
-  constexpr int NO_SLOT = -2;
-  int experts[AT_ONCE];
+  int experts[AT_ONCE];                   // of this warp's next slots; NO_SLOT past its last
   auto load = [&](int s) {
 #pragma unroll
     for (int i = 0; i < AT_ONCE; ++i)

@@ -14,9 +14,11 @@ struct Loader {
   static constexpr int SOURCES = S::SOURCES, THREADS = S::THREADS;
   const Layer& p;
   Shared<S>& shared;
-  int turn = 0;         // the next work tile to begin
-  int left = 0;         // tiles along its K that are still to be copied
-  uint32_t copies = 0;  // which this thread makes of a stage: bit i for its i-th of weights, 8 + i of tokens
+  int turn = 0;  // the next work tile to begin
+  int left = 0;  // tiles along its K that are still to be copied
+  // Which this thread makes of a stage: bit i for its i-th of weights, 8 + i of tokens. So 0x301 is one of weights, two
+  // of tokens.
+  uint32_t copies = 0;
   const uint8_t* weights = nullptr;  // this lane's first chunk of its warp's tile row, at the next tile
   const uint8_t* tokens = nullptr;   // this thread's chunk of row 0, at the next tile
   uint32_t row[SOURCES];             // this thread's rows, in 16-byte units from row 0

@@ -6,6 +6,29 @@
 namespace mxfp4_sm120 {
 namespace grouped {
 
+// `step` for each of a work tile's k_tiles tiles of K, with how many tiles the loader's pointers lag behind: they move
+// on every second step. In runs, of as many steps as the loader has left in its work tile, then in its next.
+template <typename L, typename Step>
+__device__ __forceinline__ void for_each_tile(int k_tiles, L& loader, Step& step) {
+  for (int k = k_tiles; k > 0;) {
+    int run = min(k, loader.left);
+    const int more = k - loader.left;  // one register for what remains of this work tile, or of the loader's
+    for (;;) {
+      step(0);
+      if (run == 1) {
+        loader.advance(1);
+        break;
+      }
+      step(1);
+      loader.advance(2);
+      if ((run -= 2) == 0) break;
+    }
+    k = max(more, 0);
+    loader.left = max(-more, 0);
+    if (loader.left == 0) loader.begin_if_ready();
+  }
+}
+
 // acc += weights x tokens over one work tile, whose first stage has landed; the next one's has when it returns.
 // Software-pipelined: while the tensor cores work on a tile, its lower half is decoded, the next one's tokens take
 // the place of its own, and the next one's upper half is decoded, so that a warp always has products to issue. GROUPS:
@@ -64,23 +87,7 @@ __device__ __forceinline__ void main_loop(S, float (&acc)[2][S::COLUMN_GROUPS][4
     upper = decode_half_tile(tile, 0);
     stage = next;
   };
-  for (int k = k_tiles; k > 0;) {  // as many steps as the loader has left in its work tile, then in its next
-    int run = min(k, loader.left);
-    const int more = k - loader.left;  // one register for what remains of this work tile, or of the loader's
-    for (;;) {
-      step(0);
-      if (run == 1) {
-        loader.advance(1);
-        break;
-      }
-      step(1);
-      loader.advance(2);
-      if ((run -= 2) == 0) break;
-    }
-    k = max(more, 0);
-    loader.left = max(-more, 0);
-    if (loader.left == 0) loader.begin_if_ready();
-  }
+  for_each_tile(k_tiles, loader, step);
 }
 
 // The main loop for so many n8 blocks.

@@ -6,6 +6,7 @@
 
 namespace mxfp4_sm120 {
 
+inline uint8_t* dynamic_shared_memory() { return emu::shared_memory(); }  // its own, where several blocks run together
 inline uint32_t smem_addr(const void* p) {
   return static_cast<uint32_t>(static_cast<const uint8_t*>(p) - emu::shared_memory());
 }
