@@ -38,17 +38,15 @@ def commands(page: Page) -> list[list[str]]:
     lines = [line for block in page.blocks("sh") for line in block.replace("\\\n", " ").splitlines()]
     messages = page.first_cells() if page.path.name == "troubleshooting.md" else []
     spans = [span for span in page.spans() if "…" not in span and span not in messages]
+    named = [words_of(span) for span in spans if span.count("'") % 2 == 0 and span.count('"') % 2 == 0]
     shown = [words_of(line) for line in lines]
-    shown += [words for words in map(words_of, spans) if words[:1] and words[0] in CHECKS and len(words) > 1]
+    shown += [words for words in named if words[:1] and words[0] in CHECKS and len(words) > 1]
     return [words for words in shown if words]
 
 
 def words_of(line: str) -> list[str]:
-    """Without comments, and without variables that are set in front. A line of text, with an apostrophe, has none."""
-    try:
-        words = shlex.split(line, comments=True)
-    except ValueError:
-        return []
+    """Without comments, and without variables that are set in front."""
+    words = shlex.split(line, comments=True)
     return list(itertools.dropwhile(lambda word: re.fullmatch(r"[A-Z][A-Z0-9_]*=.*", word), words))
 
 
