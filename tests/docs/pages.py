@@ -14,7 +14,7 @@ from markdown_it import MarkdownIt
 from markdown_it.token import Token
 
 ROOT = Path(__file__).parents[2]
-FOLDERS = ("docs", "examples", "models", "tests", "benchmarks", "kernels")
+FOLDERS = ("configs", "docs", "examples", "models", "tests", "benchmarks", "kernels")
 
 
 @dataclass(frozen=True)
