@@ -131,6 +131,13 @@ USE_TRITON = Setting(
 DISABLE_TRITON_MOE = Setting(
     "MXFP4_SM120_DISABLE_TRITON_MOE", _FLAG, False, "1 leaves the Triton backend out", in_json=True
 )
+DENSE = Setting(
+    "MXFP4_SM120_DENSE",
+    _one_of("off", "int8"),
+    "off",
+    "int8 keeps attention's projections, lm_head and the embedding in 8 bits",
+    in_json=True,
+)
 MOE_STREAMS = Setting(
     "MXFP4_SM120_MOE_STREAMS", _integer(1, 32), 1, "CUDA streams over which the tiled backend spreads a layer's experts"
 )

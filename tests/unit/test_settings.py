@@ -168,7 +168,7 @@ def test_an_engines_own_settings_hold_for_it_alone(monkeypatch):
     assert selector.Request.from_user(None, options) == selector.Request(prefer_triton=True, proof=False)
     assert selector.Request.from_user() == selector.Request()
     assert [setting.key for setting in settings.TABLE if setting.in_json] == [
-        "backend", "use_triton", "disable_triton_moe", "proof"
+        "backend", "use_triton", "disable_triton_moe", "dense", "proof"
     ]  # fmt: skip
 
 
@@ -177,7 +177,7 @@ JSON = st.recursive(
     lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=5), inner, max_size=3),
     max_leaves=5,
 )
-OPTION = st.sampled_from(["backend", "use_triton", "disable_triton_moe", "proof", "x"])
+OPTION = st.sampled_from(["backend", "use_triton", "disable_triton_moe", "dense", "proof", "x"])
 
 
 @hypothesis_settings(max_examples=300, deadline=None)

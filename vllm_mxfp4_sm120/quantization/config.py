@@ -9,6 +9,7 @@ import torch
 
 from vllm_mxfp4_sm120 import NAME, settings
 from vllm_mxfp4_sm120.checkpoint import MODEL_TYPE, QUANT_METHODS, Packing, Sizes
+from vllm_mxfp4_sm120.quantization.dense import Dense
 from vllm_mxfp4_sm120.quantization.spelling import means_us
 from vllm_mxfp4_sm120.quantization.vllm_symbols import (
     QUANTIZATION_METHODS,
@@ -32,6 +33,7 @@ class Mxfp4Sm120Config(QuantizationConfig):
     def __init__(self, checkpoint: dict[str, Any] | None = None) -> None:
         super().__init__()
         self.checkpoint = checkpoint
+        self.dense = Dense()
 
     @classmethod
     def from_config(cls, config: dict[str, Any]) -> Mxfp4Sm120Config:
@@ -82,7 +84,7 @@ class Mxfp4Sm120Config(QuantizationConfig):
         from vllm_mxfp4_sm120.quantization.reload import LinearMethod
 
         if isinstance(layer, LinearBase):
-            return LinearMethod()
+            return self.dense.method(layer, prefix) or LinearMethod()
         if isinstance(layer, RoutedExperts):
             return Mxfp4Sm120MoEMethod(layer.moe_config)
         return None

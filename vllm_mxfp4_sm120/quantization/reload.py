@@ -52,7 +52,9 @@ def keeps_weight(layer: Any, model_config: Any) -> bool:
         return False  # the first load, of which `checked` has seen every tensor
     came = {args.arguments.get("loaded_shard_id") for name, args in info.loaded_weights if name == "weight"}
     if not came:
-        layer.register_parameter("weight", info.kernel_tensors[0]["weight"])
+        for name, tensor in info.kernel_tensors[0].items():
+            if name.startswith("weight"):  # and the scales of an INT8 one
+                layer.register_parameter(name, tensor)
     elif isinstance(layer, QKVParallelLinear) and (missing := set("qkv") - came):
         prefix = layer.prefix.replace(".attn.", ".self_attn.")
         names = ", ".join(prefix.replace("qkv_proj", f"{part}_proj.weight") for part in sorted(missing))

@@ -1,0 +1,2 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The linear layers around the experts: attention's projections and the vocabulary's two tables."""
