@@ -58,9 +58,8 @@ class Report:
 class Int8Method(QuantizeMethodBase):
     """Of one layer, or of two that may share their weights (tied embeddings)."""
 
-    def __init__(self, report: Report) -> None:
-        self.report = report
-        self.model_config = get_current_vllm_config().model_config
+    def __init__(self, report: Report, model_config: Any = None) -> None:
+        self.report, self.model_config = report, model_config
         self.last: tuple[weakref.ref[Parameter], Int8Weights] | None = None
 
     def create_weights(
@@ -145,13 +144,16 @@ class Dense:
         if not prefix.endswith(PROJECTIONS) or not self.wanted or _vllms_own(prefix):
             return None
         columns = getattr(layer, "input_size_per_partition", layer.input_size)
-        return self._made() if _divides(columns, prefix) else None
+        if not _divides(columns, prefix):
+            return None
+        self.report.waiting += 1
+        return self._made()
 
     def take_vocabulary(self, *layers: Any) -> None:
         """lm_head and the embedding, which vLLM's GPT-OSS makes without asking for their method."""
         if not self.wanted:
             return
-        method = Int8Method(self.report)
+        method = self._made()
         for layer in layers:
             if _divides(layer.embedding_dim, layer.prefix):
                 self.report.waiting += 1
@@ -159,8 +161,7 @@ class Dense:
                 layer.use_fused_embedding = False  # vLLM's kernel reads BF16 rows
 
     def _made(self) -> Int8Method:
-        self.report.waiting += 1
-        return Int8Method(self.report)
+        return Int8Method(self.report, get_current_vllm_config().model_config)
 
 
 def wanted(additional_config: object) -> bool:
