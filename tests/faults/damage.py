@@ -128,6 +128,17 @@ def original_names(directory: Path) -> None:
     )(directory)
 
 
+def a_layer_more(number: int) -> Damage:
+    """Another copy of the last layer."""
+
+    def edit(state: dict[str, Tensor]) -> None:
+        for name, tensor in list(state.items()):
+            if LAYER in name:
+                state[name.replace(LAYER, f"model.layers.{number}")] = tensor.clone()
+
+    return lambda directory: edit_tensors(directory, edit)
+
+
 def tied(directory: Path) -> None:
     """lm_head is the embedding, and only that is there."""
     change_config(directory, tie_word_embeddings=True)

@@ -11,6 +11,8 @@ import gc
 import hashlib
 import json
 import sys
+from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -35,8 +37,9 @@ def load(folder: str, arguments: dict[str, Any]) -> list[Any]:
     from vllm.engine.arg_utils import EngineArgs
     from vllm.model_executor.model_loader import get_model
 
+    model = arguments.pop("model", folder)
     try:
-        config = EngineArgs(model=folder, enforce_eager=True, **arguments).create_engine_config()
+        config = EngineArgs(model=model, enforce_eager=True, **arguments).create_engine_config()
         assert config.model_config.quantization == "mxfp4_sm120", config.model_config.quantization
         with set_current_vllm_config(config):
             init_distributed_environment(1, 0, f"file:///tmp/mxfp4-faults-{id(config)}-{Path(folder).name}", 0, "gloo")
@@ -49,11 +52,29 @@ def load(folder: str, arguments: dict[str, Any]) -> list[Any]:
         gc.collect()
 
 
+def register_loader() -> None:
+    """A load format whose loader uses a tensor's memory again once it has been taken, as streams may."""
+    from vllm.model_executor.model_loader import register_model_loader
+    from vllm.model_executor.model_loader.default_loader import DefaultModelLoader
+
+    class Reuses(DefaultModelLoader):
+        def __init__(self, load_config: Any) -> None:
+            super().__init__(replace(load_config, load_format="auto"))
+
+        def get_all_weights(self, model_config: Any, model: Any) -> Iterator[tuple[str, Any]]:
+            for name, tensor in super().get_all_weights(model_config, model):
+                yield name, tensor
+                tensor.view(-1).view(tensor.dtype).fill_(1)
+
+    register_model_loader("reuses_memory")(Reuses)
+
+
 def main() -> None:
     import torch
 
     if not torch.accelerator.is_available():
         torch.accelerator.empty_cache = lambda: None  # as vLLM's worker for CPUs has it
+    register_loader()
     tasks = json.load(sys.stdin)
     Path(sys.argv[1]).write_text(json.dumps([load(folder, arguments) for folder, arguments in tasks]))
 

@@ -94,6 +94,37 @@ CONFIGS = [
         "max_position_embeddings is 131072, expected at most 32768",
     ),
     Row("layers that differ", config(per_layer_config={"1": {"num_local_experts": 1}}), "per_layer_config is {'1'"),
+    Row(
+        "rope of each kind of layer",
+        config(rope_scaling={"full_attention": ROPE, "sliding_attention": ROPE}),
+        "rope rope_type is None, expected 'yarn'",
+    ),
+    Row(
+        "rope by its older key",
+        config(rope_scaling={**{k: ROPE[k] for k in ROPE if k != "rope_type"}, "type": "yarn"}),
+        SERVED,
+    ),
+    Row("rope theta of 0", config(rope_scaling=ROPE, rope_theta=0), "rope rope_theta is 0, expected a positive number"),
+    Row("rope theta as text", config(rope_scaling=ROPE, rope_theta="150000"), "rope rope_theta is '150000', expected"),
+    Row(
+        "rope factor of infinity", config(rope_scaling={**ROPE, "factor": float("inf")}), "rope factor is inf, expected"
+    ),
+    Row("rope truncate as number", config(rope_scaling={**ROPE, "truncate": 0}), "rope truncate is 0, expected true"),
+    Row("no heads", config(num_attention_heads=0), "num_attention_heads is 0, expected a positive integer"),
+    Row("head_dim null", config(head_dim=None), "expected BF16 [96, 96]"),
+    Row("key heads null", config(num_key_value_heads=None), "expected BF16 [32, 96]"),
+    Row("no experts a token", config(num_experts_per_tok=0), "num_experts_per_tok is 0, expected a positive integer"),
+    Row("positions null", config(max_position_embeddings=None), SERVED),
+    Row("positions negative", config(rope_scaling=ROPE, max_position_embeddings=-1), "max_position_embeddings is -1"),
+    Row("rms_norm_eps null", config(rms_norm_eps=None), "rms_norm_eps is None, expected 1e-05"),
+    Row("attention_bias as number", config(attention_bias=1), "attention_bias is 1, expected True"),
+    Row("quant_method in capitals", config(quantization_config={"quant_method": "MXFP4"}), "quant_method is 'MXFP4'"),
+    Row(
+        "group_size as text",
+        config(quantization_config={"quant_method": "mxfp4", "group_size": "32"}),
+        "group_size is '32'",
+    ),
+    Row("quantization_config empty", config(quantization_config={}), "quant_method is None, expected 'mxfp4'"),
     Row("rope as text", config(rope_scaling="yarn"), "rope_scaling is 'yarn', expected an object"),
     Row(
         "positions beyond the table",

@@ -18,7 +18,20 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from tests.faults.damage import EXPERTS, LAYER, Damage, config, edited, renamed, untouched, with_value, without
+from tests.faults.damage import (
+    EXPERTS,
+    LAYER,
+    Damage,
+    a_layer_more,
+    both,
+    config,
+    edited,
+    renamed,
+    tied,
+    untouched,
+    with_value,
+    without,
+)
 from tests.faults.table import SERVED, Row, one_line, parametrize
 from tests.support.checkpoints import INDEX, SHARD, change_config, write_small
 
@@ -54,6 +67,30 @@ def as_bin(damage: Damage) -> Damage:
     return change
 
 
+def as_repository(damage: Damage) -> Damage:
+    """The damaged folder as Hugging Face's cache holds a repository, which has the folder's name."""
+
+    def change(directory: Path) -> None:
+        damage(directory)
+        repository = directory.parent / f"models--faults--{directory.name}"
+        snapshot = repository / "snapshots" / ("0" * 40)
+        for folder in (repository / "blobs", repository / "refs", snapshot):
+            folder.mkdir(parents=True)
+        (repository / "refs" / "main").write_text(snapshot.name)
+        for number, file in enumerate(sorted(directory.iterdir())):
+            blob = Path(shutil.move(file, repository / "blobs" / f"{number}"))
+            (snapshot / file.name).symlink_to(Path("../../blobs", blob.name))
+
+    return change
+
+
+def in_two_bins(directory: Path) -> None:
+    """One tensor in both."""
+    state = load_file(directory / SHARD)
+    as_bin(untouched)(directory)
+    torch.save({"lm_head.weight": state["lm_head.weight"]}, directory / "pytorch_model-2.bin")
+
+
 def no_weights(directory: Path) -> None:
     """A clone without Git LFS."""
     (directory / SHARD).write_text("version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 1\n")
@@ -61,6 +98,9 @@ def no_weights(directory: Path) -> None:
 
 def wants(**arguments: Any) -> dict[str, Any]:
     return {**OURS, **arguments}
+
+
+REPOSITORY = wants(model="a repository")
 
 
 MISSING = (
@@ -123,8 +163,42 @@ AS_IT_LOADS = [
         SERVED,
         engine=OURS,
     ),
+    Row(
+        "bin, tied embeddings from memory that is used again",
+        as_bin(both(tied, config(tie_word_embeddings=True))),
+        "as the embedding",
+        engine=wants(load_format="reuses_memory"),
+    ),
+    Row("bin, a tensor in two files", in_two_bins, "lm_head.weight comes twice", engine=OURS),
+    Row("bin, a layer more", as_bin(a_layer_more(2)), "layers.2.", engine=OURS),
+    Row("bin, an adapter", as_bin(renamed((".q_proj.", ".q_proj.base_layer."))), "merge the adapter", engine=OURS),
+]
+REPOSITORIES = [
+    Row("repository, sound", as_repository(untouched), SERVED, engine=REPOSITORY),
+    Row("repository of .bin, sound", as_repository(as_bin(untouched)), SERVED, engine=REPOSITORY),
+    *(
+        Row(f"repository without {name}", as_repository(without(name)), f"{name} (", engine=REPOSITORY)
+        for name in (f"{EXPERTS}.down_proj_scales", f"{LAYER}.self_attn.q_proj.weight", "lm_head.weight")
+    ),
+    Row(
+        "repository, scales of a part of the rows",
+        as_repository(edited(f"{EXPERTS}.down_proj_scales", lambda scales: scales[:, :50])),
+        f"{EXPERTS}.down_proj_scales is U8 [3, 50, 2], expected U8 [3, 96, 2]",
+        engine=REPOSITORY,
+    ),
+    Row(
+        "repository of .bin without a router",
+        as_repository(as_bin(without(f"{LAYER}.mlp.router.weight"))),
+        f"{LAYER}.mlp.router.weight (",
+        engine=REPOSITORY,
+    ),
+    Row("repository, swiglu_limit", as_repository(config(swiglu_limit=0.5)), "swiglu_limit is 0.5", engine=REPOSITORY),
 ]
 FORMATS = [
+    Row("memory that is used again", untouched, SERVED, engine=wants(load_format="reuses_memory")),
+    Row("tensorizer", untouched, "load the published checkpoint", engine=wants(load_format="tensorizer")),
+    Row("modelexpress", untouched, "load the published checkpoint", engine=wants(load_format="modelexpress")),
+    Row("ipc_cache", untouched, "load the published checkpoint", engine=wants(load_format="ipc_cache")),
     Row("safetensors, sound", untouched, SERVED, engine=OURS),
     Row("a hyphen", untouched, SERVED, engine=wants(quantization="mxfp4-sm120")),
     Row("capitals", untouched, SERVED, engine=wants(quantization="MXFP4_SM120")),
@@ -161,6 +235,23 @@ FORMATS = [
     Row("swiglu_limit", config(swiglu_limit=0.5), "swiglu_limit is 0.5, expected 7", engine=OURS),
     Row("more experts a token than there are", config(num_experts_per_tok=4), "num_experts_per_tok", engine=OURS),
 ]
+OVERRIDES = [
+    Row(f"override {key} {value}", untouched, said, engine=wants(hf_overrides={key: value}))
+    for key, value, said in (
+        ("num_experts_per_tok", 3, SERVED),
+        ("num_experts_per_tok", 0, "num_experts_per_tok is 0, expected a positive integer"),
+        ("num_local_experts", 2, "U8 [3, 128, 3, 16], expected U8 [2, 128, 3, 16]"),
+        ("intermediate_size", 32, "U8 [3, 128, 3, 16], expected U8 [3, 64, 3, 16]"),
+        ("vocab_size", 41, "BF16 [40, 96], expected BF16 [41, 96]"),
+        ("num_key_value_heads", 4, "BF16 [64, 96], expected BF16 [128, 96]"),
+        ("rms_norm_eps", 1e-6, "rms_norm_eps is 1e-06, expected 1e-05"),
+        ("swiglu_limit", 1.0, "swiglu_limit is 1.0, expected 7"),
+        ("sliding_window", 64, SERVED),
+        ("quantization_config", {"quant_method": "mxfp4", "group_size": 16}, "group_size is 16, expected 32"),
+        ("tie_word_embeddings", True, SERVED),
+        ("architectures", ["LlamaForCausalLM"], "no module or parameter named"),
+    )
+]
 WISHES = [
     Row("LoRA", untouched, "--lora-target-modules qkv_proj o_proj", engine=wants(enable_lora=True)),
     Row(
@@ -193,7 +284,7 @@ WISHES = [
         engine=wants(quantization_config={"moe": {"activation": "mxfp8"}}),
     ),
 ]
-ROWS = AS_IT_LOADS + FORMATS + WISHES
+ROWS = AS_IT_LOADS + REPOSITORIES + FORMATS + OVERRIDES + WISHES
 
 
 @pytest.fixture(scope="module")
@@ -206,8 +297,11 @@ def results(tmp_path_factory: pytest.TempPathFactory) -> dict[str, list[Any]]:
     for number, row in enumerate(ROWS):
         folder = Path(shutil.copytree(home / "sound", home / f"row{number}"))
         row.damage(folder)
-        tasks.append((str(folder), row.engine))
-    env = {**os.environ, "HF_HUB_OFFLINE": "1", "VLLM_NO_USAGE_STATS": "1", "VLLM_LOGGING_LEVEL": "ERROR"}
+        tasks.append((str(folder), {**(row.engine or {})}))
+        if "model" in tasks[-1][1]:
+            tasks[-1][1]["model"] = f"faults/{folder.name}"
+    env = {**os.environ, "HF_HUB_OFFLINE": "1", "HF_HUB_CACHE": str(home)}
+    env |= {"VLLM_NO_USAGE_STATS": "1", "VLLM_LOGGING_LEVEL": "ERROR"}
     done = subprocess.run(
         [sys.executable, "-m", "tests.faults.engine", str(home / "results.json")],
         cwd=Path(__file__).parents[2],
@@ -228,6 +322,9 @@ def test_an_engine(row: Row, results: dict[str, list[Any]]) -> None:
         assert error is None, error
         sound = results["safetensors, sound"][1]
         assert {name.replace(".base_layer", ""): value for name, value in parameters.items()} == sound
+    elif row.expected == "as the embedding":
+        assert error is None, error
+        assert parameters["lm_head.weight"] == parameters["model.embedding.weight"]
     else:
         assert error is not None and row.expected in error, error
         assert one_line(ValueError(error))

@@ -10,23 +10,19 @@ from pathlib import Path
 
 import pytest
 
-from tests.faults.damage import both, file_of, in_place_of, index_of, second_shard
+from tests.faults.damage import a_layer_more, both, file_of, in_place_of, index_of, second_shard
 from tests.faults.table import SERVED, Row, parametrize
-from tests.support.checkpoints import INDEX, SHARD, edit_tensors, read_experts
+from tests.support.checkpoints import INDEX, SHARD, read_experts
 
 LFS = "version https://git-lfs.github.com/spec/v1\noid sha256:0123\nsize 4792272488\n"
 
 FILES = [
     Row(
         "a layer too many",
-        lambda d: edit_tensors(
-            d,
-            lambda s: s.update(
-                {n.replace("layers.1", "layers.2"): t.clone() for n, t in list(s.items()) if "layers.1" in n}
-            ),
-        ),
+        a_layer_more(2),
         "holds 3 layers, but num_hidden_layers is 2",
     ),
+    Row("a layer too many, with a gap", a_layer_more(5), "holds a layer 5, but num_hidden_layers is 2"),
     Row("no config", lambda d: (d / "config.json").unlink(), "config.json: no such file"),
     Row("config is no JSON", file_of("config.json", '{"model_type": '), "config.json: not JSON"),
     Row("config is no text", file_of("config.json", b"\xff\xfe\x00"), "config.json: not JSON"),

@@ -10,6 +10,7 @@ import torch
 from tests.faults.damage import (
     EXPERTS,
     LAYER,
+    a_layer_more,
     added,
     both,
     config,
@@ -25,7 +26,8 @@ from tests.faults.damage import (
     without,
 )
 from tests.faults.table import SERVED, Row, parametrize
-from tests.support.checkpoints import edit_tensors, load_checked, read_experts, rename_tensors
+from tests.support.checkpoints import CONFIG, edit_tensors, load_checked, read_experts, rename_tensors
+from vllm_mxfp4_sm120.checkpoint import required_tensors
 
 # Tensors that are missing, too small, or somebody else's
 TENSORS = [
@@ -109,6 +111,16 @@ TENSORS = [
         edited(f"{LAYER}.mlp.router.weight", lambda t: t.to(torch.int8)),
         "I8 [3, 96], expected BF16",
     ),
+    Row(
+        "a layer more",
+        a_layer_more(5),
+        "num_hidden_layers is 2; config.json and weights don't belong together",
+    ),
+    Row("router bias as a number", edited(f"{LAYER}.mlp.router.bias", lambda t: t[0]), "BF16 [], expected BF16 [3]"),
+    Row("sinks of two dimensions", edited(f"{LAYER}.self_attn.sinks", lambda t: t[None]), "BF16 [1, 4], expected"),
+    Row("no numbers at all", edited("model.norm.weight", lambda t: t[:0]), "BF16 [0], expected BF16 [96]"),
+    Row("an extra norm", added(f"{LAYER}.self_attn.q_norm.weight", 8), SERVED),
+    Row("a bias of lm_head", added("lm_head.bias", 40), SERVED),
     Row("an extra tensor", added("model.layers.0.self_attn.rotary_emb.inv_freq", 4), SERVED),
 ]
 
@@ -126,6 +138,30 @@ NAMES = [
     Row("torch.compile's prefix", lambda d: rename_tensors(d, lambda name: f"_orig_mod.{name}"), SERVED),
     Row("checkpointed layers", renamed(("layers.0.", "layers.0._checkpoint_wrapped_module.")), SERVED),
     Row("without model.", renamed(("model.", "")), SERVED),
+    Row(
+        "DDP's prefix and without",
+        lambda d: edit_tensors(d, lambda s: s.update({"module.lm_head.weight": s["lm_head.weight"].clone()})),
+        "lm_head.weight",
+    ),
+    Row(
+        "qkv in one tensor and q apart",
+        both(
+            original_names,
+            lambda d: edit_tensors(
+                d, lambda s: s.update({f"{LAYER}.self_attn.q_proj.weight": torch.zeros(32, 96).bfloat16()})
+            ),
+        ),
+        "q_proj.weight",
+    ),
+    Row("layers counted from 1", renamed(("layers.1.", "layers.2."), ("layers.0.", "layers.1.")), "layers"),
+    Row("layers with leading zeros", renamed(("layers.0.", "layers.00.")), "missing, expected all 41 tensors"),
+    Row("names in capitals", renamed(("lm_head.", "LM_HEAD.")), "lm_head.weight (BF16 [40, 96]) missing"),
+    Row("another model's prefix", renamed(("model.", "language_model.model.")), "missing, expected all 41 tensors"),
+    Row("Mixtral's experts", renamed((".experts.down_proj_blocks", ".experts.0.w2.weight")), "one tensor per expert"),
+    Row("gate and up apart", renamed((".experts.gate_up_proj_blocks", ".experts.gate_proj")), "one tensor per expert"),
+    Row("GPTQ", renamed((".q_proj.weight", ".q_proj.qweight")), "holds weights of another quantization"),
+    Row("NVFP4", added(f"{EXPERTS}.down_proj_blocks.weight_scale_2", 1), "holds weights of another quantization"),
+    Row("DoRA", added(f"{LAYER}.self_attn.q_proj.lora_magnitude_vector", 4), "merge the adapter"),
     Row(
         "two spellings of one tensor",
         lambda d: edit_tensors(
@@ -181,6 +217,17 @@ VALUES = [
         SERVED,
     ),
     Row("blocks in three dimensions", edited_all("_blocks", lambda t: t.flatten(-2)), SERVED),
+    Row("blocks of whole rows", edited_all("_blocks", lambda t: t.flatten(1)), "is U8 [3, "),
+    Row("blocks of all experts in one", edited_all("_blocks", lambda t: t.flatten(0, 1)), "is U8 ["),
+    Row("scales with a dimension more", edited_all("_scales", lambda t: t[..., None]), "is U8 [3, "),
+    Row("scales flattened", edited_all("_scales", lambda t: t.flatten(1)), "is U8 [3, "),
+    Row("experts last", edited_all("_blocks", lambda t: t.movedim(0, -1)), "is U8 ["),
+    Row("blocks as int32 words", edited_all("_blocks", lambda t: t.view(torch.int32)), "is I32 [3, "),
+    Row("FP8 attention", edited_all("q_proj", lambda t: t.to(torch.float8_e4m3fn)), "expected BF16"),
+    Row("FP8 blocks", edited_all("_blocks", lambda t: t.view(torch.float8_e4m3fn)), "expected U8"),
+    Row("Boolean blocks", edited_all("_blocks", lambda t: t.bool()), "expected U8"),
+    Row("complex router", edited_all("router.bias", lambda t: t.to(torch.complex64)), "expected BF16"),
+    Row("int64 sinks", edited_all("sinks", lambda t: t.long()), "is I64 [4], expected BF16 [4]"),
     Row("int32 scales", edited_all("_scales", lambda t: t.int()), "is I32 [3, "),
     Row("float scales", edited_all("_scales", lambda t: t.bfloat16()), "is BF16 [3, "),
     Row(
@@ -216,15 +263,8 @@ SCALES = [
 # Numbers that are none: seen as they load
 NOT_FINITE = [
     Row(f"NaN in {name}", with_value(name, float("nan")), f"NaN or Inf (or beyond BF16's range) in {name}")
-    for name in (
-        f"{EXPERTS}.gate_up_proj_bias",
-        f"{LAYER}.mlp.router.weight",
-        f"{LAYER}.mlp.router.bias",
-        f"{LAYER}.self_attn.sinks",
-        f"{LAYER}.self_attn.q_proj.weight",
-        f"{LAYER}.input_layernorm.weight",
-        "model.embed_tokens.weight",
-    )
+    for name, info in required_tensors(CONFIG).items()
+    if info.dtype == "BF16" and "layers.0" not in name
 ] + [
     Row(f"Inf in {name}", with_value(name, float("-inf")), f"NaN or Inf (or beyond BF16's range) in {name}")
     for name in (f"{EXPERTS}.down_proj_bias", f"{LAYER}.self_attn.o_proj.bias", "lm_head.weight")

@@ -222,12 +222,13 @@ def test_without_an_index_every_shard_is_read(directory):
 
 def test_other_names_and_rounding_are_said(directory, caplog):
     rename_tensors(directory, lambda name: name.replace(".1.mlp.router.", ".1.mlp.router.linear."))
-    change_tensors(directory, {"model.norm.weight": torch.ones(96)})
+    change_tensors(directory, {"model.norm.weight": torch.ones(96), "lm_head.bias": torch.ones(40)})
     opened, router = Checkpoint(directory), "model.layers.1.mlp.router"
     assert opened.renamed == {f"{router}.{kind}": f"{router}.linear.{kind}" for kind in ("bias", "weight")}
     with caplog.at_level("INFO", logger="vllm.mxfp4_sm120"):
         load_checked(directory)
-    other, rounded = sorted(caplog.messages)
+    other, left_out, rounded = sorted(caplog.messages)
+    assert left_out == "mxfp4_sm120: checkpoint: left out, for GPT-OSS has no such tensors: lm_head.bias"
     assert other.startswith("mxfp4_sm120: checkpoint: known by other names: ")
     assert f"{router}.weight ({router}.linear.weight there)" in other
     assert rounded == "mxfp4_sm120: checkpoint: rounded to BF16: model.norm.weight (F32)"

@@ -117,6 +117,11 @@ class Checkpoint:
                 f"{self.directory}: holds {len(layers)} layers, but num_hidden_layers is {self.sizes.num_layers}; "
                 f"{UNMATCHED}"
             )
+        if beyond := sorted(layers - set(range(self.sizes.num_layers))):
+            raise ValueError(
+                f"{self.directory}: holds a layer {beyond[0]}, but num_hidden_layers is {self.sizes.num_layers}; "
+                f"{UNMATCHED}"
+            )
         check_complete(self.tensors, required, self.directory)
         known = {LM_HEAD: required[EMBEDDING], **required}
         bad = [

@@ -222,8 +222,8 @@ def checked(
 ) -> Iterator[tuple[str, Tensor]]:
     """The weights as they load, from whatever source, under published names, in published dtypes and shapes.
 
-    Tensors that the model doesn't need are left out; embed_tokens' numbers come as lm_head, too, where that is tied and
-    absent. One logged line each says that other names were taken, and that floats were rounded to BF16.
+    Tensors that GPT-OSS has no place for are left out; embed_tokens' numbers come as lm_head, too, where that is tied
+    and absent. One logged line each says what was left out, that other names were taken, and what was rounded to BF16.
 
     Raises ValueError, naming the tensor: at once for a wrong dtype or shape, or a second time; after the last tensor
     for NaN or Inf (with `at_once` before that tensor is handed on), and with `whole` for what is missing. Scales are
@@ -233,15 +233,18 @@ def checked(
     known = {LM_HEAD: required[EMBEDDING], **required}
     seen: dict[str, str] = {}
     rounded: list[str] = []
+    left_out: list[str] = []
     finite = FiniteCheck()
     for spelling, tensor in weights:
         published = canonical_name(spelling)
         if published is None:
             refuse_foreign([spelling], source)
+            left_out.append(plain(spelling))
             continue
         for name, info in split_fused(published, TensorInfo.of(tensor), required).items():
             if name not in known:
-                continue
+                layers = Sizes.from_config(config).num_layers
+                raise ValueError(f"{source}: holds {name}, but num_hidden_layers is {layers}; {UNMATCHED}")
             if name in seen:
                 raise ValueError(f"{source}: {name} comes twice, as {plain(seen[name])} and as {plain(spelling)}")
             check_tensor(name, replace(info, spelling=None if spelling == name else spelling), known, source)
@@ -258,6 +261,8 @@ def checked(
     finite.finish()
     if whole:
         check_complete(seen, required, source)
+    if left_out:
+        logger.warning("mxfp4_sm120: %s: left out, for GPT-OSS has no such tensors: %s", source, listed(left_out))
     renamed = [f"{name} ({plain(spelling)} there)" for name, spelling in seen.items() if spelling != name]
     if renamed:
         logger.info("mxfp4_sm120: %s: known by other names: %s", source, listed(renamed))

@@ -18,6 +18,9 @@ PARAMETERS = tuple(f"w{projection}_{kind}" for projection in (13, 2) for kind in
 # Of a model that has been loaded: its experts are in a backend's own layout, which another backend can't read.
 PREPARED_FORMATS = ("sharded_state", "runai_streamer_sharded", "ipc_cache")
 
+# vLLM's loaders that don't call the experts' `process_weights_after_loading`, or belong to another package.
+UNPREPARED_FORMATS = ("tensorizer", "modelexpress")
+
 
 @dataclass(frozen=True)
 class Feature:
@@ -73,6 +76,11 @@ FEATURES = (
     Feature(
         lambda config: config.load_config.load_format in PREPARED_FORMATS,
         f"a --load-format of {', '.join(PREPARED_FORMATS)} holds experts in one backend's own layout; "
+        "load the published checkpoint",
+    ),
+    Feature(
+        lambda config: config.load_config.load_format in UNPREPARED_FORMATS,
+        f"a --load-format of {', '.join(UNPREPARED_FORMATS)} loads experts without handing them to a backend; "
         "load the published checkpoint",
     ),
     Feature(

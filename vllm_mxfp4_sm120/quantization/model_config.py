@@ -58,7 +58,8 @@ def check(vllm_config: VllmConfig) -> None:
     model, directory = vllm_config.model_config, Path(vllm_config.model_config.model)
     config = model.hf_config.to_dict()
     has_weights = any(directory.glob("*.safetensors")) or (directory / INDEX).exists()
-    if vllm_config.load_config.load_format != "dummy" and directory.is_dir() and has_weights:
+    streamed = bool(model.model_weights)  # of an object store, of which vLLM has fetched config and index only
+    if vllm_config.load_config.load_format != "dummy" and directory.is_dir() and has_weights and not streamed:
         Checkpoint(directory, config)
     else:
         check_config(config, model.model)
