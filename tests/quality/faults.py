@@ -152,8 +152,8 @@ def render(measured: dict[str, dict[str, float]]) -> str:
     tokens = int(measured[NO_FAULT]["tokens"])
     text = f"""# What a fault moves
 
-The small model ([models/gpt-oss-small](../../models/gpt-oss-small)) through vLLM's engine and this plugin's plain
-backend, on {tokens:,} tokens of held-out text: its perplexity beside that of transformers' BF16 model, and how far its
+The [small model](../../models/gpt-oss-small/README.md) through vLLM's engine and this plugin's plain backend, on
+{tokens:,} tokens of held-out text: its perplexity beside that of transformers' BF16 model, and how far its
 distributions of the next token are from transformers' in float32. Rounding may change perplexity by
 {PERPLEXITY_BOUND:.1%}, and may make a KL of {KL_MEAN_BOUND:g} nats in the mean and {KL_P99_BOUND:g} at the 99th
 percentile. Every fault moves at least one of them further; the test beside this file puts each in and compares with
