@@ -85,16 +85,13 @@ def measure(task: dict[str, Any]) -> dict[str, Any]:
         llm.generate(inputs, sampling(answer_tokens), use_tqdm=False)
         return time.perf_counter() - begun
 
-    def compiled() -> int:
-        return len(COMPILED.findall(Path(task["log"]).read_text()))
-
     def seconds(*load: int) -> float:
         best = float("inf")
         for _ in range(MOST_ROUNDS):
-            compiled_before, best_before = compiled(), best
+            compiled_before, best_before = compiled(task["log"]), best
             took = serve(*load)
             best = min(best, took)
-            if took > SETTLED * best_before and compiled() == compiled_before:
+            if took > SETTLED * best_before and compiled(task["log"]) == compiled_before:
                 break
         return best
 
@@ -106,12 +103,7 @@ def measure(task: dict[str, Any]) -> dict[str, Any]:
 
         took = seconds(count, PROMPT_TOKENS, LONG) - seconds(count, PROMPT_TOKENS, SHORT)
         short, long = kernels(SHORT), kernels(LONG)
-        steps = LONG - SHORT
-        each = {
-            name: [(calls - short.get(name, (0, 0))[0]) / steps, (us - short.get(name, (0, 0))[1]) / steps]
-            for name, (calls, us) in long.items()
-        }
-        return {"us": took / steps * 1e6, "kernels": {name: cost for name, cost in each.items() if cost[1] > 0}}
+        return {"us": took / (LONG - SHORT) * 1e6, "kernels": per_step(short, long)}
 
     for concurrent in task["concurrent"]:
         took = seconds(concurrent, PROMPT_TOKENS, task["answer_tokens"])
@@ -119,16 +111,30 @@ def measure(task: dict[str, Any]) -> dict[str, Any]:
     figures["first token ms"] = seconds(1, task["long"], 1) * 1e3
     figures["prefill tok/s"] = 8 * task["long"] / seconds(8, task["long"], 1)
     compared = prompts(COMPARED_PROMPTS, PROMPT_TOKENS, seed=0)
-    answers = []
-    for request in llm.generate(compared, sampling(COMPARED_TOKENS, logprobs=LISTED), use_tqdm=False):
-        output = request.outputs[0]
-        chosen_first = (
-            {str(token): step[token].logprob for token in (chosen, *step)}
-            for chosen, step in zip(output.token_ids, output.logprobs, strict=True)
-        )
-        answers.append(list(chosen_first))
+    answers = [
+        chosen_first(request.outputs[0])
+        for request in llm.generate(compared, sampling(COMPARED_TOKENS, logprobs=LISTED), use_tqdm=False)
+    ]
     profile = {str(concurrent): decode_step(concurrent) for concurrent in task["profile"]}
     return {"figures": figures, "answers": answers, "profile": profile}
+
+
+def compiled(log: str) -> int:
+    """How often something was compiled up to now, as the log says."""
+    return len(COMPILED.findall(Path(log).read_text()))
+
+
+def per_step(short: dict[str, tuple[int, float]], long: dict[str, tuple[int, float]]) -> dict[str, list[float]]:
+    """Each kernel's calls and microseconds in one of the steps that the longer answers have more."""
+    none, steps = (0, 0.0), LONG - SHORT
+    each = {name: [(a - b) / steps for a, b in zip(long[name], short.get(name, none), strict=True)] for name in long}
+    return {name: cost for name, cost in each.items() if cost[1] > 0}
+
+
+def chosen_first(output: Any) -> list[dict[str, float]]:
+    """Log-probabilities of each step by token, that of the chosen one first."""
+    steps = zip(output.token_ids, output.logprobs, strict=True)
+    return [{str(token): step[token].logprob for token in (chosen, *step)} for chosen, step in steps]
 
 
 def engine_arguments(choice: str) -> dict[str, Any]:

@@ -4,6 +4,7 @@
 import pytest
 import torch
 
+from tests.support.layers import random_inputs, random_weights
 from vllm_mxfp4_sm120 import proof
 from vllm_mxfp4_sm120.backends import registry
 from vllm_mxfp4_sm120.moe import Activation, MoEShape
@@ -53,8 +54,8 @@ def test_the_same_bits_in_a_cuda_graph(backend, tokens):
     if not backend.capturable:
         pytest.skip(f"{backend.name} can't be captured")
     layer = backend(shape)
-    prepared = layer.prepare(proof.random_weights(shape, "cuda"))
-    x, logits = proof.random_inputs(shape, tokens, "cuda")
+    prepared = layer.prepare(random_weights(shape, "cuda"))
+    x, logits = random_inputs(shape, tokens, "cuda")
     eager = layer.forward_logits(prepared, x, logits)
     static_x, static_logits = torch.zeros_like(x), torch.zeros_like(logits)
     layer.forward_logits(prepared, static_x, static_logits)

@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from tests.gpu.test_native import TOLERANCE, Layer, error, inputs, random_weights, why_not
+from tests.gpu.native_layer import TOLERANCE, Layer, error, inputs, real_weights, why_not
 from vllm_mxfp4_sm120.backends.native import Native
 from vllm_mxfp4_sm120.moe import MoEShape, reference, topk_softmax
 
@@ -31,7 +31,7 @@ def layer() -> Layer:
 def test_each_column_by_itself(tokens: int, far: int):
     """Neighbouring columns are 2^20 times as large or as small, whichever of the four that are packed together."""
     shape = MoEShape(8, 8, 2880, 352, 2, has_bias=False)
-    weights = random_weights(shape)
+    weights = real_weights(shape)
     weights.w2_scale[:, torch.arange(2880) * 5 // 4 % 5 == 0] += far
     layer = Layer(shape, weights)
     x, logits = inputs(shape, tokens)

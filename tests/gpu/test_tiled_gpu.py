@@ -4,10 +4,10 @@
 import pytest
 import torch
 
+from tests.support.layers import random_weights
 from vllm_mxfp4_sm120.backends import tiled
 from vllm_mxfp4_sm120.backends.tiled import Tiled
 from vllm_mxfp4_sm120.moe import MoEShape, reference, topk_softmax
-from vllm_mxfp4_sm120.proof import random_weights
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
 

@@ -10,7 +10,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from tests.kernels.test_native_build import in_a_new_process, stub  # noqa: F401
+from tests.kernels.building import in_a_new_process
 
 CALLS = 3000
 
@@ -87,7 +87,7 @@ def fuzz(calls: int) -> None:
     print("answered or refused:", answered + refused)
 
 
-def test_any_arguments(stub: Path):  # noqa: F811
+def test_any_arguments(stub: Path):
     code = f"""
 from tests.kernels.test_arguments import fuzz
 library.load()

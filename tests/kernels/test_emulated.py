@@ -16,7 +16,7 @@ import pytest
 import torch
 
 from tests.kernels.emulated import Emulated, MoeArgs, build, configs, router
-from vllm_mxfp4_sm120 import proof
+from tests.support.layers import random_weights
 from vllm_mxfp4_sm120.moe import Activation, MoEShape, reference, topk_softmax
 
 pytestmark = pytest.mark.skipif(shutil.which("g++") is None, reason="needs g++")
@@ -58,7 +58,7 @@ def inputs(shape: MoEShape, tokens: int, seed: int) -> tuple[torch.Tensor, torch
 
 def wrong_by(out: torch.Tensor, shape: MoEShape, x: torch.Tensor, logits: torch.Tensor, expert_map=None) -> float:
     ids, gates = topk_softmax(logits, shape.top_k)
-    weights = proof.random_weights(shape, "cpu")
+    weights = random_weights(shape, "cpu")
     expected = reference(weights, x, ids, gates, shape.activation, expert_map, activation_dtype=torch.bfloat16)
     return float((out.double() - expected).norm() / expected.norm())
 
@@ -88,7 +88,7 @@ def test_right(library: ctypes.CDLL, config: int, seed: int):
     shape, tokens = problem(seed, config)
     x, logits = inputs(shape, tokens, seed)
     library.emulate([1, 2, 3, 5, 9][seed % 5], seed % 3 > 0, seed)
-    out = Emulated(library, shape, proof.random_weights(shape, "cpu"))(x, logits, config)
+    out = Emulated(library, shape, random_weights(shape, "cpu"))(x, logits, config)
     assert wrong_by(out, shape, x, logits) <= (TOLERANCE if out.numel() >= 1000 else TOLERANCE_OF_FEW), (shape, tokens)
 
 
@@ -97,7 +97,7 @@ def test_the_same_bits_in_any_order(library: ctypes.CDLL, config: int):
     """However warps are scheduled and whenever copies land; with as many blocks, for those share the work."""
     shape = MoEShape(5, 5, 96, 64, 3)
     x, logits = inputs(shape, tokens_for(config, 13), 0)
-    layer = Emulated(library, shape, proof.random_weights(shape, "cpu"))
+    layer = Emulated(library, shape, random_weights(shape, "cpu"))
     outs = []
     for seed in range(4):
         library.emulate(3, seed % 2 == 0, seed)
@@ -109,7 +109,7 @@ def test_a_few_tokens_get_the_same_bits_beside_many(library: ctypes.CDLL):
     """Gathered or not, K is cut the same way: what a token gets doesn't depend on how many others there are."""
     shape = MoEShape(5, 5, 352, 64, 3)
     x, logits = inputs(shape, 60, 0)
-    layer = Emulated(library, shape, proof.random_weights(shape, "cpu"))
+    layer = Emulated(library, shape, random_weights(shape, "cpu"))
     library.emulate(3, True, 0)
     together = layer(x, logits, config=1)
     for begin in range(0, 60, 6):
@@ -121,7 +121,7 @@ def test_call_after_call(library: ctypes.CDLL):
     """Some of the workspace carries over: decode takes two exchanges in turn, the grouped kernels leave zeros."""
     shape = MoEShape(5, 5, 96, 64, 3)
     given = {config: inputs(shape, tokens_for(config, 13), config) for config in CONFIGS}
-    layer = Emulated(library, shape, proof.random_weights(shape, "cpu"))
+    layer = Emulated(library, shape, random_weights(shape, "cpu"))
     library.emulate(3, True, 0)
     alone = {config: layer(*given[config], config) for config in CONFIGS}
     workspace = layer.workspace(64)
@@ -133,7 +133,7 @@ def test_call_after_call(library: ctypes.CDLL):
 def test_calls_of_other_sizes(library: ctypes.CDLL):
     """What decode's blocks exchange is gone when the next but one begins, whatever was larger: tokens or the layer."""
     shapes = MoEShape(5, 5, 96, 64, 3), MoEShape(8, 8, 64, 192, 2), MoEShape(2, 2, 256, 32, 1)
-    layers = [Emulated(library, shape, proof.random_weights(shape, "cpu")) for shape in shapes]
+    layers = [Emulated(library, shape, random_weights(shape, "cpu")) for shape in shapes]
     workspace = max((layer.workspace(64) for layer in layers), key=torch.Tensor.numel)
     library.emulate(3, True, 0)
     for seed, (tokens, layer) in enumerate(zip((16, 1, 2, 64, 8, 3, 33, 5, 1, 1, 9), layers * 4, strict=False)):
@@ -147,7 +147,7 @@ def test_calls_of_other_sizes(library: ctypes.CDLL):
 def test_one_token(library: ctypes.CDLL, blocks: int):
     """More or fewer blocks than there is work for; call after call; all of its experts here, some, none."""
     shape = MoEShape(8, 8, 160, 96, 3)
-    layer = Emulated(library, shape, proof.random_weights(shape, "cpu"))
+    layer = Emulated(library, shape, random_weights(shape, "cpu"))
     workspace = layer.workspace(1)
     everywhere = torch.arange(8, dtype=torch.int32)
     for seed, here in enumerate((everywhere >= 0, everywhere % 2 == 0, everywhere < 0, everywhere >= 0)):
@@ -173,7 +173,7 @@ def test_a_nan_stays_with_its_token(library: ctypes.CDLL, config: int, where: st
     x, logits = inputs(shape, tokens_for(config, 15), 1)
     ids, weights = topk_softmax(logits, shape.top_k)
     library.emulate(2, True, 0)
-    layer = Emulated(library, shape, proof.random_weights(shape, "cpu"))
+    layer = Emulated(library, shape, random_weights(shape, "cpu"))
 
     def run() -> torch.Tensor:
         return (
@@ -194,13 +194,13 @@ def test_infinity_stays_with_its_token(library: ctypes.CDLL, config: int, infini
     shape = MoEShape(4, 4, 64, 96, 2)
     x, logits = inputs(shape, tokens_for(config, 15), 1)
     library.emulate(2, True, 0)
-    layer = Emulated(library, shape, proof.random_weights(shape, "cpu"))
+    layer = Emulated(library, shape, random_weights(shape, "cpu"))
     clean = layer(x, logits, config)
     x[5, 0], logits[6, 2] = infinity, infinity
     poisoned = layer(x, logits, config)
     others = (torch.arange(len(x)) != 5) & (torch.arange(len(x)) != 6)
     assert torch.equal(poisoned[others], clean[others])
-    right = reference(proof.random_weights(shape, "cpu"), x, *topk_softmax(logits, shape.top_k))
+    right = reference(random_weights(shape, "cpu"), x, *topk_softmax(logits, shape.top_k))
     assert torch.equal(poisoned.isfinite(), right.isfinite())
 
 
@@ -216,7 +216,7 @@ def test_ids_of_any_value(library: ctypes.CDLL, config: int):
     ids[3, 2:] = ids[3, 0]
     expert_map = torch.tensor([2, -65536, 0, 4, 3, 1], dtype=torch.int32)
     library.emulate(2, True, 0)
-    weights = proof.random_weights(shape, "cpu")
+    weights = random_weights(shape, "cpu")
     out = Emulated(library, shape, weights)(x, None, config, expert_map, topk=(ids.int(), gates))
     known = torch.where((ids >= 0) & (ids < 6), ids, 1)  # which isn't here
     here = torch.where((expert_map >= 0) & (expert_map < 4), expert_map, -1)
@@ -234,7 +234,7 @@ def test_another_ranks_experts_are_left_out(library: ctypes.CDLL, config: int, c
     if not chosen:
         logits[:, 1::2] -= 100
     library.emulate(3, True, 0)
-    out = Emulated(library, shape, proof.random_weights(shape, "cpu"))(x, logits, config, expert_map)
+    out = Emulated(library, shape, random_weights(shape, "cpu"))(x, logits, config, expert_map)
     if chosen:
         assert wrong_by(out, shape, x, logits, expert_map) <= TOLERANCE_OF_FEW
     else:
@@ -251,7 +251,7 @@ def test_each_column_by_itself(library: ctypes.CDLL, config: int, far: int):
     shape = MoEShape(4, 4, 64, 96, 2, has_bias=False)
     x, logits = inputs(shape, tokens_for(config, 100), 4)
     x[2], x[3] = x[2] * 2**10, x[3] * 2**-10
-    weights = proof.random_weights(shape, "cpu")
+    weights = random_weights(shape, "cpu")
     weights.w2_scale[:, torch.arange(64) * 5 // 4 % 5 == 0] += far
     library.emulate(2, True, 0)
     out = Emulated(library, shape, weights)(x, logits, config)

@@ -12,9 +12,9 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from tests.support.layers import random_weights
 from vllm_mxfp4_sm120.checkpoint import Checkpoint, Sizes, Writer, checked, required_tensors
 from vllm_mxfp4_sm120.moe import MoEWeights
-from vllm_mxfp4_sm120.proof import random_weights
 
 CONFIG: dict[str, Any] = {
     "model_type": "gpt_oss",

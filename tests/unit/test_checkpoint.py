@@ -22,10 +22,10 @@ from tests.support.checkpoints import (
     rename_tensors,
     write_small,
 )
+from tests.support.layers import random_weights
 from vllm_mxfp4_sm120 import checkpoint
 from vllm_mxfp4_sm120.checkpoint import Checkpoint, FiniteCheck, Packing, Sizes, Writer, required_tensors
 from vllm_mxfp4_sm120.checkpoint import config as config_module
-from vllm_mxfp4_sm120.proof import random_weights
 
 SIZES = Sizes.from_config(CONFIG)
 SCALES = "model.layers.1.mlp.experts.down_proj_scales"

@@ -6,9 +6,9 @@ import torch
 from transformers import GptOssConfig
 from transformers.models.gpt_oss.modeling_gpt_oss import GptOssMLP
 
+from tests.support.layers import random_weights
 from vllm_mxfp4_sm120 import mxfp4
 from vllm_mxfp4_sm120.moe import Activation, MoEShape, MoEWeights, activate, reference, topk_softmax
-from vllm_mxfp4_sm120.proof import random_weights
 
 SHAPE = MoEShape(num_experts=6, local_experts=6, hidden_size=96, intermediate_size=64, top_k=3)
 

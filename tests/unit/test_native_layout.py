@@ -11,8 +11,9 @@ from pathlib import Path
 import pytest
 import torch
 
+from tests.support.layers import random_weights
 from vllm_mxfp4_sm120.backends.native import layout
-from vllm_mxfp4_sm120.moe import MoEShape, MoEWeights
+from vllm_mxfp4_sm120.moe import MoEShape
 
 CSRC = Path(__file__).parents[2] / "kernels" / "csrc"
 
@@ -86,20 +87,11 @@ def test_usable_scales_give_exact_weights():
     assert layout.MAX_SCALE + layout.SCALE_BIAS == 254
 
 
-def random_weights(shape: MoEShape, seed: int = 0) -> MoEWeights:
-    generator = torch.Generator().manual_seed(seed)
-    weights = MoEWeights.empty(shape, "cpu")
-    for codes, scales in ((weights.w13, weights.w13_scale), (weights.w2, weights.w2_scale)):
-        codes.copy_(torch.randint(0, 256, codes.shape, generator=generator))
-        scales.copy_(torch.randint(layout.MIN_SCALE, layout.MAX_SCALE + 1, scales.shape, generator=generator))
-    return weights
-
-
 SHAPE = MoEShape(num_experts=3, local_experts=3, hidden_size=96, intermediate_size=32, top_k=2)
 
 
 def test_tiles_are_where_the_layout_says():
-    weights = random_weights(SHAPE)
+    weights = random_weights(SHAPE, scales=(layout.MIN_SCALE, layout.MAX_SCALE))
     codes, scales = weights.w13.clone(), weights.w13_scale.clone()
     tiles = layout.tile_experts(codes, scales, "w13")
     assert tiles.shape == (3, 2, 3, 544)
@@ -114,7 +106,7 @@ def test_tiles_are_where_the_layout_says():
 
 @pytest.mark.parametrize("shape", [SHAPE, MoEShape(2, 2, 32, 64, 1), MoEShape(1, 1, 736, 672, 1)])
 def test_in_place_and_back(shape: MoEShape):
-    weights = random_weights(shape)
+    weights = random_weights(shape, scales=(layout.MIN_SCALE, layout.MAX_SCALE))
     for name, codes, scales in (("w13", weights.w13, weights.w13_scale), ("w2", weights.w2, weights.w2_scale)):
         before = codes.clone(), scales.clone()
         apart = layout.tile_experts(*before, name)
@@ -128,7 +120,7 @@ def test_in_place_and_back(shape: MoEShape):
 
 
 def test_a_zero_block_may_have_any_scale():
-    weights = random_weights(SHAPE)
+    weights = random_weights(SHAPE, scales=(layout.MIN_SCALE, layout.MAX_SCALE))
     weights.w13[2, 5, 16:32] = 0x80  # zeros of both signs
     weights.w13_scale[2, 5, 1] = 0
     tiles = layout.tile_experts(weights.w13, weights.w13_scale, "w13")

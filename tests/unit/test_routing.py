@@ -6,9 +6,9 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from tests.support.layers import random_weights
 from vllm_mxfp4_sm120.backends.tiled import Tiled
 from vllm_mxfp4_sm120.moe import MoEShape, topk_softmax
-from vllm_mxfp4_sm120.proof import random_weights
 from vllm_mxfp4_sm120.routing import Routing, Segment, local_ids
 
 IDS = torch.tensor([[2, 0], [1, 2], [2, 2]])

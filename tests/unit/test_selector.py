@@ -5,6 +5,7 @@ import pytest
 import torch
 from machines import GPT_OSS, NO_SM120, NO_TRITON, NOT_BUILT, install, machine
 
+from tests.support.layers import random_weights
 from vllm_mxfp4_sm120 import proof, selector
 from vllm_mxfp4_sm120.backends import registry
 from vllm_mxfp4_sm120.moe import MoEShape
@@ -176,7 +177,7 @@ LAYER = "model.layers.3.mlp.experts"
 
 def loaded_with(scale, codes=0x11):
     """Loaded weights, one block of which has that scale and those codes."""
-    weights = proof.random_weights(SMALL, "cpu")
+    weights = random_weights(SMALL, "cpu")
     weights.w2_scale[3, 5] = torch.tensor([118, scale, 118], dtype=torch.uint8)
     weights.w2[3, 5, 16:32] = codes
     return weights

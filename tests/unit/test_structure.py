@@ -1,11 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
-"""How the package hangs together: who imports whom, and what imports nothing heavy."""
+"""How the project hangs together: who imports whom, what imports nothing heavy, how long files and functions are."""
 
 from __future__ import annotations
 
 import ast
 import subprocess
 import sys
+from collections.abc import Iterator
 from graphlib import CycleError, TopologicalSorter
 from pathlib import Path
 
@@ -17,6 +18,9 @@ SOURCES = {
     ".".join(path.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__"): path
     for path in sorted((ROOT / PACKAGE).rglob("*.py"))
 }
+# Of a checkout; an installation has none of them but the package.
+FOLDERS = ("vllm_mxfp4_sm120", "benchmarks", "examples", "kernels", "models", "scripts", "tests")
+MOST_LINES, MOST_FUNCTION_LINES = 400, 60
 
 
 def imports(module: str, only_at_import: bool = False) -> set[str]:
@@ -72,3 +76,26 @@ def test_settings_and_registry_import_nothing_heavy() -> None:
     )
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "[]"
+
+
+def lengths(text: str) -> Iterator[tuple[str, int]]:
+    """Each function's name and its lines, decorators included."""
+    for node in ast.walk(ast.parse(text)):
+        if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef) and node.end_lineno is not None:
+            yield node.name, node.end_lineno - min([node.lineno, *(each.lineno for each in node.decorator_list)]) + 1
+
+
+def test_no_file_and_no_function_is_too_long() -> None:
+    files = [*ROOT.glob("*.py"), *(path for folder in FOLDERS for path in (ROOT / folder).rglob("*.py"))]
+    assert len(files) > 100
+    long = []
+    for path in files:
+        text, name = path.read_text(), path.relative_to(ROOT)
+        if text.count("\n") > MOST_LINES:
+            long.append(f"{name}: {text.count(chr(10))} lines")
+        long += [f"{name}: {function} has {n} lines" for function, n in lengths(text) if n > MOST_FUNCTION_LINES]
+    assert long == []
+
+
+def test_a_long_function_is_noticed() -> None:
+    assert dict(lengths("@a\n@b\ndef f():\n" + "    x\n" * 58)) == {"f": 61}

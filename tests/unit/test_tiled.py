@@ -12,12 +12,12 @@ from hypothesis import strategies as st
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from tests.support.layers import random_weights
 from vllm_mxfp4_sm120 import mxfp4
 from vllm_mxfp4_sm120.backends import tiled
 from vllm_mxfp4_sm120.backends.tiled import Tiled
 from vllm_mxfp4_sm120.backends.upcast import Upcast
 from vllm_mxfp4_sm120.moe import Activation, MoEShape, MoEWeights, reference, topk_softmax
-from vllm_mxfp4_sm120.proof import random_weights
 
 
 @pytest.fixture(autouse=True, scope="module")

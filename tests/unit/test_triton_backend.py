@@ -6,11 +6,11 @@ from importlib.util import find_spec
 import pytest
 import torch
 
+from tests.support.layers import random_inputs, random_weights
 from vllm_mxfp4_sm120.backends import triton as backend
 from vllm_mxfp4_sm120.moe import MoEShape
 from vllm_mxfp4_sm120.mxfp4 import dequantize
 from vllm_mxfp4_sm120.platform import Machine
-from vllm_mxfp4_sm120.proof import random_inputs, random_weights
 
 needs_triton = pytest.mark.skipif(find_spec("triton") is None, reason="Triton is not installed")
 

@@ -9,10 +9,10 @@ import pytest
 import torch
 from flashinfer.fused_moe.core import get_w2_permute_indices_with_cache
 
+from tests.support.layers import random_inputs, random_weights
 from vllm_mxfp4_sm120.backends import flashinfer_trtllm as backend
 from vllm_mxfp4_sm120.moe import Activation, MoEShape, MoEWeights, reference, topk_softmax
 from vllm_mxfp4_sm120.platform import Machine
-from vllm_mxfp4_sm120.proof import random_inputs, random_weights
 
 PADDED = MoEShape(8, 8, 512, 384, 4)  # sizes that need no padding
 UNPADDED = MoEShape(8, 8, 320, 160, 4)  # 10 and 5 scale columns

@@ -190,8 +190,6 @@ def _gemm(
     row_live,
     N,
     K: tl.constexpr,
-    BLOCK_M: tl.constexpr,
-    BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
     HAS_FACTOR: tl.constexpr,
     INTERPRETED: tl.constexpr,
@@ -204,7 +202,7 @@ def _gemm(
     x_at = rows[:, None] + k[None, :]
     w_at = weights + columns[:, None] * (K // 8) + word[None, :]
     s_at = scales + block[:, None] * N + columns[None, :]
-    total = tl.zeros((BLOCK_M, BLOCK_N), dtype=tl.float32)
+    total = tl.zeros((rows.shape[0], columns.shape[0]), dtype=tl.float32)
     for at in range(0, K, BLOCK_K):
         if K % BLOCK_K == 0:
             x = tl.load(x_at, mask=row_live[:, None], other=0.0)
@@ -224,6 +222,21 @@ def _gemm(
     if HAS_FACTOR:
         total *= tl.load(factor + expert)
     return total
+
+
+@jit()
+def _activate(gate_up, SWIGLU_OAI: tl.constexpr, ALPHA: tl.constexpr, LIMIT: tl.constexpr):
+    """gate_up f32 [BLOCK_M, BLOCK_N], columns gate, up, gate, up... -> f32 [BLOCK_M, BLOCK_N / 2]: `moe.activate`."""
+    gate, up = tl.split(tl.reshape(gate_up, (gate_up.shape[0], gate_up.shape[1] // 2, 2)))
+    if SWIGLU_OAI:
+        # Told to, these keep NaN; by themselves they would take the limit for it.
+        gate = tl.minimum(gate, LIMIT, propagate_nan=tl.PropagateNan.ALL)
+        up = tl.maximum(up, -LIMIT, propagate_nan=tl.PropagateNan.ALL)
+        up = tl.minimum(up, LIMIT, propagate_nan=tl.PropagateNan.ALL) + 1.0
+        gate = gate / (1.0 + tl.exp(-ALPHA * gate))
+    else:
+        gate = gate / (1.0 + tl.exp(-gate))
+    return gate * up
 
 
 @jit(do_not_specialize=["tiles"])
@@ -275,26 +288,16 @@ def gate_up(
         row_live,
         N,
         H,
-        BLOCK_M,
-        BLOCK_N,
         BLOCK_K,
         HAS_FACTOR,
         INTERPRETED,
     )
     if HAS_BIAS:
         total += tl.load(w13_bias + expert * N + columns, mask=columns < N, other=0.0).to(tl.float32)[None, :]
-    gate, up = tl.split(tl.reshape(total, (BLOCK_M, BLOCK_N // 2, 2)))
-    if SWIGLU_OAI:
-        # Told to, these keep NaN; by themselves they would take the limit for it.
-        gate = tl.minimum(gate, LIMIT, propagate_nan=tl.PropagateNan.ALL)
-        up = tl.maximum(up, -LIMIT, propagate_nan=tl.PropagateNan.ALL)
-        up = tl.minimum(up, LIMIT, propagate_nan=tl.PropagateNan.ALL) + 1.0
-        gate = gate / (1.0 + tl.exp(-ALPHA * gate))
-    else:
-        gate = gate / (1.0 + tl.exp(-gate))
+    activated = _activate(total, SWIGLU_OAI, ALPHA, LIMIT)
     out = column0 // 2 + tl.arange(0, BLOCK_N // 2)
     at = hidden + (first + row).to(tl.int64)[:, None] * I + out[None, :]
-    tl.store(at, (gate * up).to(tl.bfloat16), mask=row_live[:, None] & (out < I)[None, :])
+    tl.store(at, activated.to(tl.bfloat16), mask=row_live[:, None] & (out < I)[None, :])
 
 
 @jit(do_not_specialize=["tiles"])
@@ -340,8 +343,6 @@ def down(
         row_live,
         H,
         I,
-        BLOCK_M,
-        BLOCK_N,
         BLOCK_K,
         HAS_FACTOR,
         INTERPRETED,

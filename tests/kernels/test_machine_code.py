@@ -1,0 +1,128 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What is in the CUDA library: every kernel for every card, no spills, only instructions that every card has.
+
+It is compiled once, by kernels/build.sh, for the oldest card, for the one it is measured on, and for the two it is for.
+"""
+
+from __future__ import annotations
+
+import ast
+import re
+from pathlib import Path
+
+import pytest
+
+from tests.kernels.building import ARCHITECTURES, cuobjdump, in_a_new_process, run
+
+# What one block may have on sm_86, sm_89 and SM 12.x (CUDA C++ Programming Guide, technical specifications): an SM
+# has 100 KB and the system keeps 1 per block. A100, H100 and B200 allow more; what stays within this runs on all.
+MAX_SHARED_BYTES = 99 * 1024
+
+# SASS for what every card from sm_80 can do: anything else fails, wgmma (HGMMA, WARPGROUP), tcgen05 (UTCHMMA, LDTM),
+# tensor TMA (UTMALDG), setmaxnreg (USETMAXREG), SM120a's block-scaled mma (OMMA, QMMA) and clusters (UCGABAR, MAPA)
+# among it. If a new compiler spells something harmless in a new way, see that SM 12.x has it and add it.
+PORTABLE = {
+    "integers, newer cards' uniform datapath included": """
+        IMAD IADD IADD3 ISETP LOP3 PLOP3 SHF LEA SEL MOV PRMT POPC IABS IMNMX VIADD VIMNMX VIMNMX3 VIADDMNMX FLO BREV
+        SGXT BMSK LEPC R2P P2R I2F I2FP F2I FRND CS2R S2R S2UR R2UR UMOV UIADD3 UIMAD UISETP ULEA ULOP3 UPLOP3 UPOPC
+        UPRMT
+        USEL USHF USGXT UFLO UBMSK UBREV UP2UR UR2UP UVIADD UVIMNMX UI2F UI2FP UF2I UFADD UFMUL UFFMA UFSETP UFSEL""",
+    "floats": """
+        FADD FMUL FFMA FSETP FSEL FMNMX FMNMX3 FCHK FADD2 FMUL2 FFMA2 MUFU F2F F2FP HADD2 HMUL2 HFMA2 HSETP2 HSET2
+        HMNMX2""",
+    "memory; LDGSTS is cp.async": """
+        LDG STG LDS STS LD ST LDC LDCU ULDC LDSM ATOM ATOMG ATOMS RED REDG LDGSTS LDGDEPBAR DEPBAR CCTL MEMBAR ERRBAR
+        CGAERRBAR FENCE""",
+    "control and warps; B2R is what a barrier that also votes answers": """
+        BRA BRX BRXU JMP CALL RET EXIT BSSY BSYNC BREAK WARPSYNC NANOSLEEP NOP YIELD BAR B2R VOTE VOTEU SHFL MATCH REDUX
+        CREDUX
+        ELECT ENDCOLLECTIVE KILL BPT BMOV""",
+    "mma.sync": "HMMA",
+    "mbarriers, and from sm_90 on, SM 12.x included, bulk copies and dependent launches": """
+        SYNCS ARRIVES UBLKCP UBLKPF PREEXIT ACQBULK""",
+}
+ALLOWED = frozenset(" ".join(PORTABLE.values()).split())
+
+
+def foreign(sass: str) -> set[str]:
+    """The instructions of a SASS listing that are not on every card, with their modifiers."""
+    found = re.findall(r"^\s*/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\w+\s+)?([A-Z][A-Z0-9_]*)((?:\.\w+)*)", sass, re.MULTILINE)
+    # A bulk copy to several blocks of a cluster needs what SM 12.x lacks.
+    return {name + modifiers for name, modifiers in found if name not in ALLOWED or "MULTICAST" in modifiers}
+
+
+@pytest.fixture(scope="session")
+def resources(library: Path) -> dict[tuple[str, str], dict[str, int]]:
+    """(architecture, kernel) -> what the compiler gave it: REG, STACK, SHARED, LOCAL."""
+    found = {}
+    arch = kernel = ""
+    for line in run(cuobjdump(), "--dump-resource-usage", library).stdout.splitlines():
+        if match := re.match(r"arch = (\w+)", line):
+            arch = match[1]
+        elif match := re.match(r"\s*Function (\w+):", line):
+            kernel = match[1]
+        elif "REG:" in line:
+            found[arch, kernel] = {name: int(value) for name, value in re.findall(r"(\w+):(\d+)", line)}
+    return found
+
+
+@pytest.fixture(scope="session")
+def sass(library: Path) -> dict[str, str]:
+    """Architecture -> its machine code, as text."""
+    texts: dict[str, str] = {}
+    for part in run(cuobjdump(), "--dump-sass", library).stdout.split("\narch = ")[1:]:
+        arch = part.split(maxsplit=1)[0]
+        texts[arch] = texts.get(arch, "") + part
+    return texts
+
+
+def test_every_kernel_is_compiled_for_every_architecture(resources):
+    kernels = {arch: {kernel for a, kernel in resources if a == arch} for arch in ARCHITECTURES}
+    assert {arch for arch, _ in resources} == ARCHITECTURES
+    assert kernels["sm_80"] and all(names == kernels["sm_80"] for names in kernels.values())
+
+
+def test_no_kernel_spills_or_has_a_stack_frame(resources, sass):
+    """Both go through local memory, that is, through the cache and past it: weights that stream past are slowed."""
+    framed = {key: use for key, use in resources.items() if use["STACK"] or use["LOCAL"]}
+    assert framed == {}
+    for arch, text in sass.items():
+        assert re.findall(r"\b(?:LDL|STL)(?:\.\w+)*\b.*", text) == [], arch
+
+
+def test_no_block_has_more_shared_memory_than_sm120_gives(library: Path, resources):
+    """The GEMMs' shared memory is dynamic: the library lists it. Beside it they may have static memory."""
+    # As sm_80 counts it: from sm_90 on, the system's 1 KB is included.
+    static = {kernel: use["SHARED"] for (arch, kernel), use in resources.items() if arch == "sm_80"}
+    gemms = [size for kernel, size in static.items() if re.search("decode_layer|grouped_gemm", kernel)]
+    said = in_a_new_process(library, "library.load(); print([vars(c) for c in library.configurations()])")
+    assert said.returncode == 0, said.stderr
+    configurations = ast.literal_eval(said.stdout)
+    assert len({config["name"] for config in configurations}) == len(configurations) == 9
+    for config in configurations:
+        dynamic = config["shared_bytes"]
+        assert dynamic + max(gemms) <= MAX_SHARED_BYTES, f"{config}: {dynamic} dynamic, {max(gemms)} static bytes"
+        assert 32 <= config["threads"] <= 1024 and config["threads"] % 32 == 0
+    assert max(static.values()) <= MAX_SHARED_BYTES
+
+
+def test_only_instructions_that_every_card_has(sass):
+    assert set(sass) == ARCHITECTURES
+    for arch, text in sass.items():
+        assert "HMMA.16816.F32.BF16" in text, f"{arch}: no tensor core instruction: is this the kernels' code?"
+        assert foreign(text) == set(), arch
+
+
+def test_a_foreign_instruction_is_noticed():
+    line = "        /*0a{}0*/              {}{} R4, R8 ;   /* 0x000 */\n"
+    portable = ("HMMA.16816.F32.BF16", "UBLKCP.S.G", "LDGSTS.E.BYPASS.128", "SYNCS.ARRIVE.TRANS64")
+    alien = (
+        "HGMMA.64x8x16.F32.BF16",
+        "UTCHMMA",
+        "UTMALDG.2D",
+        "UBLKCP.MULTICAST",
+        "USETMAXREG.DEALLOC.CTAPOOL",
+        "OMMA.SF",
+    )
+    listing = "".join(line.format(i, "@!P0 " if i % 2 else "", name) for i, name in enumerate(portable + alien))
+    assert foreign(listing) == set(alien)
