@@ -33,6 +33,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--search", action="store_true", help="of neighbouring scales take the one with the least squared error"
     )
+    parser.add_argument(
+        "--calibrate",
+        type=Path,
+        metavar="TEXT",
+        help="a file of text like the model's work; --search then weighs errors by what the weights are multiplied by",
+    )
     add_common(parser)
 
 
@@ -47,7 +53,7 @@ def run(args: argparse.Namespace) -> int:
     """Returns 0, or 130 after Ctrl-C."""
     from vllm_mxfp4_sm120.packing import Options, Stopped, pack
 
-    options = Options(args.search, args.adapter, device=device(args), shard_bytes=shard_bytes(args))
+    options = Options(args.search, args.adapter, moments(args), device(args), shard_bytes(args))
     try:
         with progress("packing", quiet=args.json) as show:
             report = pack(args.source, args.target, options, show)
@@ -62,6 +68,20 @@ def run(args: argparse.Namespace) -> int:
             print(f"left out: {name}, which GPT-OSS has no place for")
         print(f"wrote {report.directory}")
     return 0
+
+
+def moments(args: argparse.Namespace) -> dict[str, torch.Tensor]:
+    """What `pack` weighs errors by; nothing without --calibrate. Raises ValueError."""
+    if args.calibrate is None:
+        return {}
+    if not args.search:
+        raise ValueError("--calibrate weighs the errors that --search compares; give --search, too")
+    from vllm_mxfp4_sm120.packing.calibrate import second_moments
+    from vllm_mxfp4_sm120.packing.source import Source
+
+    source = Source(args.source, args.adapter)
+    with progress("calibrating", quiet=args.json, unit="layers") as show:
+        return second_moments(source, args.calibrate.read_text(), device(args), show)
 
 
 def device(args: argparse.Namespace) -> torch.device:

@@ -13,33 +13,39 @@ SECONDS_BETWEEN_LINES = 10.0  # a log of an hour's work has a few hundred lines
 
 
 @contextmanager
-def progress(title: str, quiet: bool = False) -> Iterator[Show]:
-    """Gives what is to be called with each step; amounts are bytes."""
+def progress(title: str, quiet: bool = False, unit: str = "GB") -> Iterator[Show]:
+    """Gives what is to be called with each step; amounts are bytes where the unit is GB."""
     if quiet:
         yield lambda *_: None
     elif sys.stderr.isatty():
-        yield from _bar(title)
+        yield from _bar(title, unit)
     else:
-        yield _lines(title)
+        yield _lines(title, unit)
 
 
-def _bar(title: str) -> Iterator[Show]:
+def _bar(title: str, unit: str) -> Iterator[Show]:
     from rich.console import Console
-    from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn
+    from rich.progress import BarColumn, DownloadColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-    columns = (TextColumn("{task.description}"), BarColumn(), DownloadColumn(), TimeRemainingColumn())
+    columns = (
+        TextColumn("{task.description}"),
+        BarColumn(),
+        DownloadColumn() if unit == "GB" else MofNCompleteColumn(),
+        TimeRemainingColumn(),
+    )
     with Progress(*columns, console=Console(stderr=True)) as bar:
         task = bar.add_task(title)
         yield lambda what, done, total: bar.update(task, description=f"{title} {what}", completed=done, total=total)
 
 
-def _lines(title: str) -> Show:
+def _lines(title: str, unit: str) -> Show:
     last = 0.0
 
     def show(what: str, done: int, total: int) -> None:
         nonlocal last
         if done == total or time.monotonic() - last > SECONDS_BETWEEN_LINES:
             last = time.monotonic()
-            print(f"{title} {what}: {done / 1e9:.2f} of {total / 1e9:.2f} GB", file=sys.stderr, flush=True)
+            amounts = f"{done / 1e9:.2f} of {total / 1e9:.2f}" if unit == "GB" else f"{done} of {total}"
+            print(f"{title} {what}: {amounts} {unit}", file=sys.stderr, flush=True)
 
     return show
