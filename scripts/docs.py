@@ -96,7 +96,8 @@ def refusals() -> str:
     """What an engine may ask for and can't have, in the words that a user sees."""
     from vllm_mxfp4_sm120.quantization import features
 
-    return "".join(f"- {feature.refusal}\n" for feature in features.FEATURES)
+    marked = (re.sub("--[a-z0-9-]+", r"`\g<0>`", feature.refusal) for feature in features.FEATURES)
+    return "".join(f"- {refusal}\n" for refusal in marked)
 
 
 def modules() -> str:

@@ -192,6 +192,28 @@ def test_every_command_is_accepted(page: Page, request: pytest.FixtureRequest, m
             pytest.fail(f"{page}: {shlex.join([program, *arguments])}: {type(error).__name__}: {error}")
 
 
+@cache
+def known_flags() -> set[str]:
+    """Every option of vllm serve, vllm bench serve, this package's commands, pytest, and the scripts."""
+    flags = set(vllm_parser(bench=False)._subparsers._group_actions[0].choices["serve"]._option_string_actions)
+    flags |= set(vllm_parser(bench=True)._option_string_actions)
+    for command in COMMANDS:
+        parser = argparse.ArgumentParser()
+        importlib.import_module(f"vllm_mxfp4_sm120.cli.{command.replace('-', '_')}").add_arguments(parser)
+        flags |= set(parser._option_string_actions)
+    scripts = ("benchmarks/layer.py", "benchmarks/engine.py", "benchmarks/load.py", "benchmarks/quality.py")
+    return flags.union(*map(options_of, scripts), {"--no-deps", "--replay", "--conformance-cases"})
+
+
+@pytest.mark.parametrize("page", PAGES, ids=str)
+def test_every_flag_exists(page: Page) -> None:
+    """Flags that stand alone in running text, `--like this`."""
+    messages = page.first_cells() if page.path.name == "troubleshooting.md" else []
+    spans = [span for span in page.spans() if span not in messages and "*" not in span]
+    flags = {match[0] for span in spans if (match := re.match(r"--[a-z][\w-]*", span))}
+    assert flags <= known_flags()
+
+
 @pytest.mark.parametrize("page, block", PYTHON_BLOCKS, ids=[f"{page}-{i}" for i, (page, _) in enumerate(PYTHON_BLOCKS)])
 def test_python_is_python(page: Page, block: str) -> None:
     """It compiles and its imports exist. What needs no model is run, with its assertions."""
