@@ -13,6 +13,7 @@ from setuptools.command.bdist_wheel import bdist_wheel
 from setuptools.command.build_py import build_py
 
 PACKAGE = Path(__file__).parent / "vllm_mxfp4_sm120"
+MACHINES = {62: "x86_64", 183: "aarch64"}  # ELF's numbers for processors (its specification, e_machine)
 KERNELS = runpy.run_path(str(PACKAGE.parent / "kernels" / "setup.py"))
 
 
@@ -36,15 +37,17 @@ class Wheel(bdist_wheel):
     def get_tag(self):
         if not KERNELS["wanted"]():
             return "py3", "none", "any"
-        return "py3", "none", f"manylinux_2_{self.glibc()}_{platform.machine()}"
+        return "py3", "none", self.platform()
 
-    def glibc(self):
-        """The newest version of glibc's symbols that the library asks for, 28 if all are older."""
+    def platform(self):
+        """By the library, which may have been compiled for another processor: manylinux_2_28 or what it needs."""
         build_py = self.get_finalized_command("build_py")
         library = Path(build_py.build_lib) / PACKAGE.name / KERNELS["NAME"]
         if not library.exists():  # asked for the tag alone, before anything is built
-            return 28
-        return max(28, *map(int, re.findall(rb"\0GLIBC_2\.(\d+)", library.read_bytes())))
+            return f"manylinux_2_28_{platform.machine()}"
+        elf = library.read_bytes()
+        glibc = max(28, *map(int, re.findall(rb"\0GLIBC_2\.(\d+)", elf)))
+        return f"manylinux_2_{glibc}_{MACHINES[int.from_bytes(elf[18:20], 'little')]}"
 
 
 setup(

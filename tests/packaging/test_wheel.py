@@ -19,7 +19,7 @@ from vllm_mxfp4_sm120 import __version__
 
 ROOT = Path(__file__).parents[2]
 # Not pip's, and not this package, which is installed here too.
-OWN = ("pip", "setuptools", "_distutils", "__editable__", "vllm_mxfp4_sm120")
+OWN = ("pip", "pkg_resources", "setuptools", "_distutils", "distutils", "__editable__", "vllm_mxfp4_sm120")
 
 
 @pytest.fixture(scope="module")
