@@ -61,12 +61,14 @@ def make(arguments: Sequence[str], config: pytest.Config) -> None:
 
 
 def pip(arguments: Sequence[str], config: pytest.Config) -> None:
-    assert arguments[0] == "install"
+    assert arguments[0] in ("install", "wheel")
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
     extras = project["optional-dependencies"]
     known = {Requirement(text) for texts in (project["dependencies"], *extras.values()) for text in texts}
     names = {requirement.name for requirement in known} | {"pre-commit"}
     for word in arguments[1:]:
+        if word == "--no-deps":
+            continue
         if match := re.fullmatch(r"\.(?:\[(\w+)\])?", word):
             assert match[1] is None or match[1] in extras, word
         else:
