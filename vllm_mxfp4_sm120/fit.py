@@ -125,13 +125,15 @@ class Memory:
         matrix = round_up(self.attention.vocab_size, VOCAB_MULTIPLE) // tensor_parallel * self.sizes.hidden_size * BF16
         return {"embed_tokens": matrix, "lm_head": 0 if self.tied else matrix}
 
-    def linears(self) -> tuple[int, int]:
-        """Values and rows of what `dense` layers there are: q, k, v, o of all layers, and the output layer."""
-        hidden, heads = self.sizes.hidden_size, self.attention.num_heads
-        rows = (heads + 2 * self.attention.num_kv_heads) * self.attention.head_dim
-        values = hidden * (rows + heads * self.attention.head_dim)
-        vocab = 0 if self.tied else self.attention.vocab_size
-        return self.sizes.num_layers * values + vocab * hidden, self.sizes.num_layers * (rows + hidden) + vocab
+    def dense(self, tensor_parallel: int = 1) -> int:
+        """What `dense: int8` applies to, on one rank, in BF16: q, k, v, o of all layers, lm_head and the embedding."""
+        heads, kv = self.attention.num_heads // tensor_parallel, self.kv_heads(tensor_parallel)
+        projections = 2 * self.sizes.hidden_size * (heads + kv) * self.attention.head_dim
+        return self.sizes.num_layers * BF16 * projections + sum(self.vocabulary(tensor_parallel).values())
+
+    def dense_int8(self, tensor_parallel: int = 1) -> int:
+        """The same in 8 bits, with a BF16 scale for each 32 values."""
+        return self.dense(tensor_parallel) * 17 // 32
 
     def attention_and_router(self, tensor_parallel: int = 1) -> int:
         """Projections, sinks, norms and routers of all layers on one rank."""

@@ -9,7 +9,7 @@ from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
-from vllm_mxfp4_sm120 import fit, mxfp4
+from vllm_mxfp4_sm120 import mxfp4
 from vllm_mxfp4_sm120.checkpoint import Sizes, published_config
 from vllm_mxfp4_sm120.checkpoint.survey import Survey, survey
 from vllm_mxfp4_sm120.fit import GIB, LAYOUTS, Fit, Memory
@@ -38,7 +38,7 @@ class LayoutReport:
 
 @dataclass
 class Report:
-    """Everything that `inspect` prints. Bytes; `int8` is what the linear layers and lm_head would take in 8 bits."""
+    """Everything that `inspect` prints. Bytes; `dense_int8` is what `dense: int8` makes of `dense_bf16`."""
 
     source: str
     layout: str
@@ -47,8 +47,8 @@ class Report:
     block_size: int = mxfp4.BLOCK
     layouts: list[LayoutReport] = field(default_factory=list)
     rest: dict[str, int] = field(default_factory=dict)
-    linears_bf16: int = 0
-    linears_int8: int = 0
+    dense_bf16: int = 0
+    dense_int8: int = 0
     fits: list[Fit] = field(default_factory=list)
 
 
@@ -62,8 +62,7 @@ def examine(seen: Survey) -> Report:
         padded = layout.sizes(memory.sizes.hidden_size, memory.sizes.intermediate_size)
         report.layouts.append(LayoutReport(layout.name, *padded, memory.experts(layout), memory.weights(layout)))
     report.rest = {"attention, norms, routers": memory.attention_and_router(), **memory.vocabulary()}
-    values, rows = memory.linears()
-    report.linears_bf16, report.linears_int8 = fit.BF16 * values, values + 4 * rows  # a float32 scale for each row
+    report.dense_bf16, report.dense_int8 = memory.dense(), memory.dense_int8()
     report.fits = list(memory.fits())
     return report
 
@@ -100,10 +99,8 @@ def lines(report: Report) -> Iterator[str]:
         yield f"{each.name:24}{padded:>24}{each.experts / GIB:14.2f}{each.weights / GIB:18.2f}"
     rest = ", ".join(f"{name} {nbytes / GIB:.2f}" for name, nbytes in report.rest.items())
     yield f"BF16 in all of them: {rest} GiB"
-    yield (
-        f"linear layers and lm_head {report.linears_bf16 / GIB:.2f} GiB, of 8-bit integers they would be "
-        f"{report.linears_int8 / GIB:.2f}"
-    )
+    dense, int8 = report.dense_bf16 / GIB, report.dense_int8 / GIB
+    yield f"dense: int8 keeps attention's projections, lm_head and embedding in {int8:.2f} instead of {dense:.2f} GiB"
     yield ""
     yield from table(report.fits)
     yield ""
