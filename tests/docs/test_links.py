@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Every link within the repository resolves, to a file and to a heading of it."""
 
+import re
 from urllib.parse import unquote
 
 import pytest
@@ -19,6 +20,15 @@ def test_every_link_resolves(page: Page) -> None:
         if not target.exists() or not target.is_relative_to(ROOT) or (anchor and anchor not in Page(target).anchors()):
             broken.append(link)
     assert broken == []
+
+
+@pytest.mark.parametrize("page", [page for page in PAGES if page.path.name != "CHANGELOG.md"], ids=str)
+def test_every_path_exists(page: Page) -> None:
+    """Files and folders that running text names, from the repository's root or from kernels/csrc."""
+    roots = (ROOT, ROOT / "kernels" / "csrc")
+    folders = "|".join(path.name for root in roots for path in root.iterdir() if path.is_dir() and path.name[0] != ".")
+    named = [span for span in page.spans() if re.fullmatch(rf"(?:{folders})/[\w./-]*", span)]
+    assert [name for name in named if not any((root / name).exists() for root in roots)] == []
 
 
 def test_the_links_are_found() -> None:
