@@ -12,6 +12,16 @@ from pathlib import Path
 import pytest
 import torch
 
+# More than 20 seconds on two cores: engines that start, libraries that are compiled. `-m 'not slow'` leaves them out.
+SLOW = (
+    "tests/conformance/test_conformance.py::test_native_in_its_emulator",
+    "tests/engine/",
+    "tests/faults/test_engine_faults.py",
+    "tests/kernels/test_native_build.py",
+    "tests/packaging/test_wheel.py",
+    "tests/unit/test_flashinfer.py::test_against_the_real_flashinfer",
+)
+
 
 @pytest.fixture
 def one_thread() -> Iterator[None]:
@@ -37,6 +47,9 @@ def pytest_ignore_collect(collection_path: Path, config: pytest.Config) -> bool 
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """With --replay, nothing but that."""
+    """With --replay, nothing but that; the marker of slow tests."""
     replay = config.getoption("--replay") is not None
     items[:] = [item for item in items if (item.name == "test_replay") is replay]
+    for item in items:
+        if item.nodeid.startswith(SLOW):
+            item.add_marker(pytest.mark.slow)

@@ -54,7 +54,6 @@ def wheel(environment: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return next(output.glob("*.whl"))
 
 
-@pytest.mark.slow
 def test_it_is_fit_to_be_published(wheel: Path) -> None:
     """Its tag is computed from the library's symbols; auditwheel finds the same."""
     assert wheel.name.startswith(f"vllm_mxfp4_sm120-{__version__}-py3-none-manylinux_2_28_")
@@ -64,7 +63,6 @@ def test_it_is_fit_to_be_published(wheel: Path) -> None:
     assert done.returncode == 0, done.stdout + done.stderr
 
 
-@pytest.mark.slow
 def test_it_loads_and_its_ops_are_registered(wheel: Path, environment: Path) -> None:
     python = environment / "bin/python"
     pip = [python, "-m", "pip", "install", "--quiet", "--no-deps", wheel]

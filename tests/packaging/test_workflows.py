@@ -2,6 +2,7 @@
 """Workflows and hooks name what exists. Whether GitHub would run them isn't tried here."""
 
 import re
+import runpy
 import subprocess
 import sys
 from pathlib import Path
@@ -52,3 +53,9 @@ def test_hooks_are_those_of_make_lint():
     assert lint is not None
     assert programs == set(re.findall(r"@\$\(VENV\)/bin/([\w-]+)", lint[0])) == {"ruff", "clang-format", "mypy"}
     assert all((Path(sys.executable).parent / program).exists() for program in programs)
+
+
+def test_every_place_of_slow_tests_exists():
+    places = runpy.run_path(str(ROOT / "conftest.py"))["SLOW"]
+    for path, _, test in (place.partition("::") for place in places):
+        assert (ROOT / path).exists() and f"def {test}" in ((ROOT / path).read_text() if test else "def "), path
