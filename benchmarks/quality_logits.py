@@ -86,6 +86,7 @@ class Recorder:
     def __init__(self, path: Path) -> None:
         self.file: BinaryIO = path.open("wb")
         self.rows, self.vocabulary, self.dtype = 0, 0, ""
+        self.expected = 0  # rows of the prompt that is being computed
 
     def add(self, logits: Tensor) -> None:
         """logits [rows, vocabulary] of any dtype, always the same."""
@@ -129,6 +130,7 @@ def record_engine(llm: Any, windows: Sequence[Sequence[int]], path: Path) -> Log
     said: list[float] = []
     try:
         for window in windows:
+            llm.apply_model(partial(expect, rows=len(window) - 1))
             (request,) = llm.generate([{"prompt_token_ids": list(window)}], sampling, use_tqdm=False)
             steps = zip(request.prompt_logprobs[1:], window[1:], strict=True)
             said += [step[token].logprob for step, token in steps]
@@ -150,11 +152,20 @@ def start_recording(model: nn.Module, path: str) -> None:
 
     def compute_and_record(hidden_states: Tensor) -> Tensor:
         logits = compute(hidden_states)
-        if len(logits) > 1:  # one row is the next token's; a prompt's rows come together
-            recorder.add(logits)
+        # A single row is that of the token to be generated. A prompt's come together, in one piece or in several, and
+        # vLLM's second model runner computes its last row again.
+        if len(logits) > 1 and (rows := min(len(logits), recorder.expected)):
+            recorder.add(logits[:rows])
+            recorder.expected -= rows
         return logits
 
     model.recorder, model.compute_logits = recorder, compute_and_record
+
+
+def expect(model: nn.Module, rows: int) -> None:
+    """So many rows are the next prompt's."""
+    if (recorder := vars(model).get("recorder")) is not None:
+        recorder.expected = rows
 
 
 def stop_recording(model: nn.Module) -> dict[str, Any] | None:

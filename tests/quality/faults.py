@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Twelve deliberate faults in what serves the small model, and the table of what each moves (`judge.py` measures)."""
+"""Deliberate faults in what serves the small model, and the table of what each moves (`judge.py` measures)."""
 
 from __future__ import annotations
 
@@ -25,7 +25,6 @@ PERPLEXITY_BOUND = 0.005
 KL_MEAN_BOUND, KL_P99_BOUND = 8e-4, 1.5e-2
 
 NO_FAULT = "none"
-BOTH_BIASES = "out += bias[expert]"
 
 
 @dataclass(frozen=True)
@@ -73,7 +72,10 @@ FAULTS = (
         in_source("mxfp4", "SCALE_BIAS = 127", "SCALE_BIAS = 128"),
         layer=2,
     ),
-    Fault("biases missing", "neither product adds one", in_source("backends.tiled", BOTH_BIASES, "pass")),
+    Fault(
+        "first bias missing", "gate_up_proj's", in_source("backends.tiled", "weights.w13_bias, expert", "None, expert")
+    ),
+    Fault("second bias missing", "down_proj's", in_source("backends.tiled", "weights.w2_bias, expert", "None, expert")),
     Fault(
         "SwiGLU not clamped",
         "neither gate nor up",
