@@ -132,7 +132,7 @@ def rule() -> str:
     """Which kernel computes a call, on cards without a file of their own."""
     lines = json.loads((ROOT / "configs" / "tuning" / "default.json").read_text())["rule"]
     rows = [(f"`{line['kernel']}`", line.get("tokens", ""), line.get("tokens_per_expert", "")) for line in lines]
-    return table(("kernel", "up to so many tokens", "and so many an expert, on average"), rows)
+    return table(("kernel", "for up to so many tokens", "and so many per expert, on average"), rows)
 
 
 def configurations() -> str:
@@ -143,7 +143,7 @@ def configurations() -> str:
         (f"`tokens{tokens}`", tokens, warps, stages, blocks)
         for warps, tokens, stages, blocks in re.findall(r"\{(\d+), (\d+), (\d+), (\d+)\}", listed)
     ]
-    return table(("shape", "tokens of a block", "warps", "stages of the ring", "blocks a multiprocessor"), rows)
+    return table(("shape", "tokens of a block", "warps", "stages of the ring", "blocks per multiprocessor"), rows)
 
 
 FROM_CODE: dict[str, Callable[[], str]] = {
