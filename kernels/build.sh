@@ -39,6 +39,11 @@ if [[ -z ${PYTHON:-} ]]; then
   PYTHON=python3
   [[ -x $here/../.venv/bin/python ]] && PYTHON=$here/../.venv/bin/python
 fi
+if [[ $kind != stub && -z ${CUDACXX:-} ]]; then
+  # The machine's, or among Python's packages that of the extra [build].
+  CUDACXX=$("$PYTHON" -c "import runpy, sys; print(runpy.run_path(sys.argv[1])['nvcc']() or '')" "$here/setup.py")
+  if [[ -n $CUDACXX ]]; then export CUDACXX; else unset CUDACXX; fi
+fi
 # A folder for each kind and choice of cards: switching between them rebuilds nothing.
 cards=$(printf %s "${CMAKE_CUDA_ARCHITECTURES:-}|${TORCH_CUDA_ARCH_LIST:-}|$PYTHON|$*" | cksum | cut -d' ' -f1)
 build=${BUILD_DIR:-$here/build}/$kind-$cards

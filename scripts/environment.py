@@ -71,7 +71,9 @@ def has_nvidia_gpu() -> bool:
 def install_cpu_torch(python: Path) -> None:
     """torch from PyTorch's own CPU index; where that can't be reached, from pip's, if it's a CPU build there."""
     try:
-        pip(python, "install", "--retries", "1", "--timeout", "15", "--index-url", TORCH_CPU_INDEX, TORCH_CPU)
+        # Twice quiet: what pip says of each try means nothing where the other index has it.
+        only_once = ("--quiet", "--retries", "1", "--timeout", "15")
+        pip(python, "install", *only_once, "--index-url", TORCH_CPU_INDEX, TORCH_CPU)
     except subprocess.CalledProcessError:
         say(f"{TORCH_CPU_INDEX} gave no {TORCH_CPU}: trying pip's own index")
         pip(python, "install", TORCH_CPU)
