@@ -12,6 +12,7 @@ README = Path(__file__).with_name("README.md")
 TABLES = {
     "backends": "A backend",
     "kernels": "The native kernels, in their emulator",
+    "triton": "The Triton kernels, in their interpreter",
     "checkpoint": "The checkpoint's reader, its checks and its writer",
 }
 INTRODUCTION = """# Mutations
