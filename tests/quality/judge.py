@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """One engine with the small model, judged in every way that the tests ask for.
 
-    PYTHONPATH=.:benchmarks python -m tests.quality.judge [FILE]
+    TRITON_INTERPRET=1 PYTHONPATH=.:benchmarks python -m tests.quality.judge [FILE]
 
 Its experts are computed by each backend that a CPU has, and by the plain one with each of the faults: the engine is
 started once, and its layers are given another backend each time. FILE gets, as JSON, {"backends": {name: figures},
@@ -12,10 +12,12 @@ answers, "long_answers": {prompt: {judge: [lead of a token that differs]}}}. Wit
 from __future__ import annotations
 
 import json
+import os
 import sys
 import tempfile
 from dataclasses import asdict
 from functools import partial
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -33,6 +35,7 @@ from vllm_mxfp4_sm120.moe import MoEWeights
 CHECKPOINT = str(SMALL / "checkpoint")
 TOKENS = 2 * 1024
 LONG_PROMPTS, LONG = long_answers.PROMPTS[:3], 256
+INTERPRETED = 256  # tokens of the text's start: Triton's interpreter needs ten seconds or more for them
 BACKENDS = ("tiled", "upcast", "reference")
 
 
@@ -97,6 +100,11 @@ def main() -> None:
         for name in BACKENDS:
             llm.apply_model(partial(change_backend, name=name))
             found["backends"][name] = judge()
+        if os.environ.get("TRITON_INTERPRET") == "1" and find_spec("triton"):
+            llm.apply_model(partial(change_backend, name="triton"))
+            start = {dtype: logits[: INTERPRETED - 1] for dtype, logits in expected.items()}
+            interpreted = record_engine(llm, [windows[0][:INTERPRETED]], file).open(file)
+            found["backends"]["triton"] = figures(start, interpreted, judged[: INTERPRETED - 1])
         for name in (NO_FAULT, *(fault.name for fault in FAULTS)):
             llm.apply_model(partial(break_model, name=name, checkpoint=CHECKPOINT))
             found["faults"][name] = judge()

@@ -8,6 +8,7 @@ import os
 import re
 import subprocess
 import sys
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -31,9 +32,13 @@ from tests.quality.judge import LONG, LONG_PROMPTS
 from tests.quality.long_answers import LEAD_BOUND, SAME_EXPERTS
 
 ROOT = Path(__file__).parents[2]
-# One thread is faster for matrices as small as this model's. Nothing may reach for the network.
-ENV = {"OMP_NUM_THREADS": "1", "VLLM_CPU_OMP_THREADS_BIND": "nobind", "HF_HUB_OFFLINE": "1", "VLLM_NO_USAGE_STATS": "1"}
-
+ENV = {
+    "OMP_NUM_THREADS": "1",  # faster for matrices as small as this model's
+    "VLLM_CPU_OMP_THREADS_BIND": "nobind",
+    "TRITON_INTERPRET": "1",
+    "HF_HUB_OFFLINE": "1",  # nothing may reach for the network
+    "VLLM_NO_USAGE_STATS": "1",
+}
 
 pytestmark = pytest.mark.skipif(
     torch.cuda.is_available(),
@@ -69,6 +74,15 @@ def test_a_backend_is_as_good_as_transformers(found: dict[str, Any], backend: st
 def test_what_is_recorded_is_what_the_engine_answers_with(found: dict[str, Any]) -> None:
     """Row for row: in any other order perplexity would be thousands."""
     assert found["backends"]["auto"]["perplexity_b"] == pytest.approx(found["own_perplexity"], rel=1e-5)
+
+
+@pytest.mark.skipif(find_spec("triton") is None, reason="Triton is not installed")
+def test_triton_interpreted_is_as_good_as_transformers(found: dict[str, Any]) -> None:
+    """On 255 tokens. The interpreter truncates to BF16 where GPUs round, which makes twice the distance."""
+    figures = found["backends"]["triton"]
+    assert figures["tokens"] == 255
+    assert abs(perplexity_change(figures)) < PERPLEXITY_BOUND
+    assert figures["kl_mean"] < 2 * KL_MEAN_BOUND and figures["kl_p99"] < 2 * KL_P99_BOUND
 
 
 @pytest.mark.parametrize("fault", FAULTS, ids=lambda fault: fault.name)
