@@ -1,5 +1,6 @@
 # make serve [MODEL=openai/gpt-oss-20b] [ARGS="further arguments of vllm serve"]
 # make test  [ARGS="further arguments of pytest, such as -m 'not slow'"]
+# make coverage  the same tests, and how much of the package they run
 # make lint
 PYTHON ?= python3
 VENV := .venv
@@ -7,13 +8,19 @@ SMALL := models/gpt-oss-small/checkpoint
 MODEL ?= $(SMALL)
 READY := $(VENV)/.ready
 
-.PHONY: serve test lint
+.PHONY: serve test lint coverage
 serve: $(READY)
 	@$(VENV)/bin/mxfp4-sm120 serve $(MODEL) -- $(if $(filter $(SMALL),$(MODEL)),--config configs/serve/gpt-oss-small.yaml,--quantization mxfp4_sm120) $(ARGS)
 
 test: lint
 	@echo "==> pytest"
 	@$(VENV)/bin/pytest $(ARGS)
+
+coverage: lint
+	@$(VENV)/bin/coverage erase
+	@$(VENV)/bin/coverage run -m pytest $(ARGS)
+	@$(VENV)/bin/coverage combine --quiet
+	@$(VENV)/bin/coverage report --show-missing --skip-covered
 
 lint: $(READY)
 	@echo "==> ruff, clang-format, mypy"

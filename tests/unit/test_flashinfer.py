@@ -1,12 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The FlashInfer backend without FlashInfer; and `with_flashinfer.py` run against real ones, installed aside for it."""
+"""The FlashInfer backend without FlashInfer; tests/packaging tries it with real ones."""
 
-import os
-import shutil
-import subprocess
 import sys
 from importlib import metadata
-from pathlib import Path
 
 import pytest
 import torch
@@ -15,35 +11,8 @@ from vllm_mxfp4_sm120.backends import flashinfer_trtllm as backend
 from vllm_mxfp4_sm120.moe import MoEShape
 from vllm_mxfp4_sm120.platform import Machine
 
-ROOT = Path(__file__).resolve().parents[2]
 GPT_OSS = MoEShape(32, 32, 2880, 2880, 4)
 B200, RTX5090 = Machine((10, 0), (13, 0), "B200"), Machine((12, 0), (13, 0), "RTX 5090")
-
-
-@pytest.mark.parametrize("name, requirement", [("0.6.14", "==0.6.14"), ("0.7", ">=0.7,<0.8")])
-def test_against_the_real_flashinfer(name, requirement):
-    """The oldest that works and the newest: without dependencies they import on any machine, all their Python there."""
-    target = ROOT / "build" / "flashinfer" / name
-    if not target.exists():
-        draft = target.with_name(f"{name}.{os.getpid()}")
-        wanted = [f"flashinfer-python{requirement}", "nvidia-ml-py", "apache-tvm-ffi"]
-        pip = [sys.executable, "-m", "pip", "install", "--quiet", "--no-deps", "--target", str(draft), *wanted]
-        done = subprocess.run(pip, capture_output=True, text=True, timeout=600)
-        if done.returncode:
-            shutil.rmtree(draft, ignore_errors=True)
-            if os.environ.get("CI"):
-                pytest.fail(done.stderr)
-            pytest.skip(f"pip can't install flashinfer-python{requirement}: {done.stderr.strip().splitlines()[-1]}")
-        draft.rename(target)
-    done = subprocess.run(
-        [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", str(ROOT / "tests/unit/with_flashinfer.py")],
-        env={**os.environ, "PYTHONPATH": os.pathsep.join([str(target), str(ROOT)])},
-        capture_output=True,
-        text=True,
-        cwd=ROOT,
-        timeout=300,
-    )
-    assert done.returncode == 0, done.stdout[-6000:] + done.stderr[-2000:]
 
 
 def why_not(monkeypatch, found, machine=B200, shape=GPT_OSS):

@@ -22,7 +22,7 @@ from vllm_mxfp4_sm120.moe import SWIGLU_ALPHA, SWIGLU_LIMIT, Activation, MoEShap
 from vllm_mxfp4_sm120.platform import Machine
 from vllm_mxfp4_sm120.routing import local_ids
 
-# The oldest that the calls below were bound against (tests/unit/with_flashinfer.py).
+# The oldest that the calls below were bound against (tests/packaging/with_flashinfer.py).
 OLDEST = (0, 6, 14)
 # Up to here the kernels are for SM 10.0, 10.3 and 10.7 alone (`isArchCompatible` in its trtllm_batched_gemm_runner.cu),
 # although the launcher lets SM 12.x in. A newer FlashInfer gets the chance to prove itself.

@@ -220,15 +220,16 @@ class AttentionSizes:
         return sizes
 
 
-def check_config(config: Mapping[str, Any], source: str = "config.json") -> None:
+def check_config(config: Mapping[str, Any], source: str = "config.json") -> Packing:
     """Refuse every value of config.json that would not be served as transformers computes it. Reads no file.
 
     `config` is config.json's contents, or `hf_config.to_dict()` with what the user overrode: what is served is what is
-    checked. Enough for `--load-format dummy`, which needs no weights. Raises ValueError, naming `source`.
+    checked. Enough for `--load-format dummy`, which needs no weights. Returns how the experts are packed. Raises
+    ValueError, naming `source`.
     """
     sizes = Sizes.from_config(config, source)
     AttentionSizes.from_config(config, source)
-    Packing.from_config(config.get("quantization_config"), source)
+    packing = Packing.from_config(config.get("quantization_config"), source)
     for key in KEYS:
         value = config.get(key.name, key.served)
         if key.fate is Fate.FIXED and (
@@ -241,6 +242,7 @@ def check_config(config: Mapping[str, Any], source: str = "config.json") -> None
         )
     _check_windows(config, sizes.num_layers, source)
     _check_rope(config, source)
+    return packing
 
 
 def _check_windows(config: Mapping[str, Any], layers: int, source: str) -> None:

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from vllm_mxfp4_sm120.checkpoint.config import Packing, Sizes, check_config
+from vllm_mxfp4_sm120.checkpoint.config import Sizes, check_config
 from vllm_mxfp4_sm120.checkpoint.headers import open_shard, read_headers, read_json
 from vllm_mxfp4_sm120.checkpoint.names import EMBEDDING, LM_HEAD, canonical_name, layer_of, plain, refuse_foreign
 from vllm_mxfp4_sm120.checkpoint.tensors import (
@@ -58,8 +58,7 @@ class Checkpoint:
                 f"{source}: quantization_config is missing, although the experts are packed; "
                 'add "quantization_config": {"quant_method": "mxfp4"}'
             )
-        check_config(config, source)
-        self.packing = Packing.from_config(config.get("quantization_config"), source)
+        self.packing = check_config(config, source)
         self._check(required)
 
     @property

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Against a real FlashInfer, which `test_flashinfer.py` puts on the path: no GPU needed, and none used."""
+"""Against a real FlashInfer, which `test_flashinfer_releases.py` puts on the path: no GPU needed, and none used."""
 
 import inspect
 from dataclasses import fields
