@@ -61,6 +61,14 @@ def test_a_wheel_of_the_tree_has_no_stale_library(tree: Path, tmp_path: Path) ->
     assert not [name for name in packed if name.endswith(".so")]
 
 
+def test_a_wheel_without_the_library_is_not_published(tree: Path, tmp_path: Path) -> None:
+    problems = list(runpy.run_path(str(ROOT / "scripts/check_wheel.py"))["problems"](make("wheel", tree, tmp_path)))
+    assert problems == [
+        "its tag is py3-none-any, expected py3-none-manylinux_2_28_<machine>",
+        "its libraries are [], expected vllm_mxfp4_sm120/_native.so alone",
+    ]
+
+
 def fake(program: Path, *says: str) -> Path:
     """A program that prints these lines whatever it is asked."""
     program.parent.mkdir(exist_ok=True)
