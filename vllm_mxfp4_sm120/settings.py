@@ -186,7 +186,8 @@ CACHE_DIR: Setting[str | None] = Setting(
     "MXFP4_SM120_CACHE_DIR",
     Kind("a directory", str),
     None,
-    "where solved problems are remembered; by default vllm_mxfp4_sm120 in XDG_CACHE_HOME or ~/.cache",
+    "where solved problems are remembered, and where `build` puts a library that the package may not take; "
+    "by default vllm_mxfp4_sm120 in XDG_CACHE_HOME or ~/.cache",
 )
 BUILD: Setting[bool | None] = Setting(
     "MXFP4_SM120_BUILD",
