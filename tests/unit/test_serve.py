@@ -19,6 +19,7 @@ from vllm_mxfp4_sm120.cli import serve
 from vllm_mxfp4_sm120.cli.__main__ import main
 from vllm_mxfp4_sm120.cli.server import Address, free_port
 
+ROOT = Path(__file__).parents[2]
 STUB = Path(__file__).with_name("vllm_stub.py")
 PYTHON = sys.executable
 SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
@@ -200,3 +201,13 @@ def test_any_arguments_are_an_address_or_one_line(arguments):
 def test_keys_are_not_shown():
     command = ["vllm", "--api-key", "a", "b", "--port", "5", "--api_key=c", "-q", "x"]
     assert serve.without_keys(command) == ["vllm", "--api-key", "***", "***", "--port", "5", "--api-key=***", "-q", "x"]
+
+
+@pytest.mark.skipif(shutil.which("make") is None, reason="no make here")
+def test_make_serve_serves_the_small_model():
+    """What it would run names files that are there."""
+    done = subprocess.run(["make", "-n", "serve"], cwd=ROOT, capture_output=True, text=True, check=True)
+    *_, command = done.stdout.strip().splitlines()
+    _, _, model, _, option, config = command.split()
+    assert (ROOT / model / "config.json").exists() and option == "--config"
+    assert "quantization: mxfp4_sm120\n" in (ROOT / config).read_text()
