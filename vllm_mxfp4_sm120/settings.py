@@ -186,7 +186,7 @@ CACHE_DIR: Setting[str | None] = Setting(
     "MXFP4_SM120_CACHE_DIR",
     Kind("a directory", str),
     None,
-    "where solved problems are remembered, and where `build` puts a library that the package may not take; "
+    "where solved problems are remembered, and libraries that `build` can't put into the package; "
     "by default vllm_mxfp4_sm120 in XDG_CACHE_HOME or ~/.cache",
 )
 BUILD: Setting[bool | None] = Setting(
