@@ -74,10 +74,10 @@ class MoEWeights:
 
     @classmethod
     def empty(cls, shape: MoEShape, device: torch.device | str) -> MoEWeights:
-        """Zeroed weights to load into. Each expert's codes and scales share one contiguous run of bytes,
+        """Zeroed weights to load into.
 
-        codes first, so that a backend whose layout interleaves the two can rearrange each expert in place:
-        loading then never needs a second copy of a layer.
+        Each expert's codes and scales share one contiguous run of bytes, codes first, so that a backend whose layout
+        interleaves the two can rearrange each expert in place: loading then never needs a second copy of a layer.
         """
         h, i = shape.hidden_size, shape.intermediate_size
 

@@ -79,9 +79,10 @@ def _refuse(reason: str) -> None:
 
 
 def _ask_for_amx() -> None:
-    """Linux grants AMX tiles to a process only on request, and vLLM's CPU attention uses them without asking:
+    """Ask Linux for AMX tiles, which it grants to a process only on request.
 
-    on such CPUs its worker then dies of SIGILL. Elsewhere, and in a torch without this function, nothing happens.
+    vLLM's CPU attention uses them without asking: on such CPUs its worker then dies of SIGILL. Elsewhere, and in a
+    torch without this function, nothing happens.
     """
     getattr(torch.cpu, "_init_amx", lambda: False)()
 

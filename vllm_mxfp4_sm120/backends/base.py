@@ -18,9 +18,10 @@ Prepared = Mapping[str, Tensor]
 
 
 class Backend(ABC):
-    """One layer's backend. Stateless beyond `shape`: the tensors it made in `prepare` are handed back to `forward`,
+    """One layer's backend.
 
-    so that the engine can register, move and count them.
+    It has no state beyond `shape`: the tensors it made in `prepare` are handed back to `forward`, so that the engine
+    can register, move and count them.
     """
 
     name: ClassVar[str]
@@ -56,9 +57,9 @@ class Backend(ABC):
 
     @abstractmethod
     def prepare(self, weights: MoEWeights) -> dict[str, Tensor]:
-        """Rearrange the checkpoint's layout into this backend's own, once, at load. Consumes `weights`:
+        """Rearrange the checkpoint's layout into this backend's own, once, at load.
 
-        tensors may be reused in place. Their scales are such as `why_not_weights` takes.
+        Consumes `weights`: tensors may be reused in place. Their scales are such as `why_not_weights` takes.
         """
 
     @abstractmethod

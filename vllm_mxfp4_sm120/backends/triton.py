@@ -56,8 +56,11 @@ class Tiles:
 
 
 def tiles_for(pairs: int, experts: int) -> Tiles:
-    """Tiles by the average number of pairs per chosen expert: the fastest on an H100 of those that benchmarks/
-    triton_tiles.py tries. All fit the 99 KB of shared memory that a block has on SM 12.x."""
+    """Tiles by the average number of pairs per chosen expert.
+
+    The fastest on an H100 of those that benchmarks/triton_tiles.py tries. All fit the 99 KB of shared memory that a
+    block has on SM 12.x.
+    """
     average = pairs / min(experts, pairs)
     if average <= 16:
         return Tiles(16, 64, 256, 4, 3)
@@ -107,10 +110,10 @@ class Triton(Backend):
         return None
 
     def prepare(self, weights: MoEWeights) -> dict[str, Tensor]:
-        """The checkpoint's layout with the codes of each word rearranged, and scales less MIN_SCALE, K-major so that a
+        """The checkpoint's layout with the codes of each word rearranged, in place, an expert at a time.
 
-        tile's load is contiguous, [E, K/32, N]. In place, an expert at a time. Where scales above MAX_SCALE were
-        lowered, w13_factor and w2_factor float32 [E] say by what.
+        Scales are stored less MIN_SCALE, K-major so that a tile's load is contiguous, [E, K/32, N]. Where scales above
+        MAX_SCALE were lowered, w13_factor and w2_factor float32 [E] say by what.
         """
         prepared = {name: tensor for name, tensor in vars(weights).items() if tensor is not None}
         for name in ("w13", "w2"):

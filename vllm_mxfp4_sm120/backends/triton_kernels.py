@@ -38,9 +38,10 @@ def route(
     EXPERTS: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    """The k largest of each row's logits and the softmax over those k, as `moe.topk_softmax`: of equals the lower
+    """The k largest of each row's logits and the softmax over those k, as `moe.topk_softmax`.
 
-    index, and NaN above all. They are compared as integers, for where NaN stands among floats is the hardware's affair.
+    Of equals the lower index, and NaN above all. They are compared as integers, for where NaN stands among floats is
+    the hardware's affair.
     """
     lowest: tl.constexpr = -2147483648
     token = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)

@@ -35,9 +35,10 @@ PARAMETER_OF = {field: parameter for parameter, field in PARAMETERS.items()}
 
 @dataclass(frozen=True)
 class Shard:
-    """What of a layer one rank holds: `experts`, by their global ids in local order, and of each the columns
+    """What of a layer one rank holds.
 
-    `start` to `stop` of the intermediate size, a multiple of 32 (none where there are fewer blocks than ranks).
+    `experts`, by their global ids in local order, and of each the columns `start` to `stop` of the intermediate size,
+    a multiple of 32 (none where there are fewer blocks than ranks).
     """
 
     experts: tuple[int, ...]
@@ -97,9 +98,10 @@ class Loader:
         self.loaded: set[str] = set()
 
     def of(self, field: str) -> Callable[..., bool | None]:
-        """The weight_loader of one parameter. It takes what `Shard.part` makes, which is also what vLLM's own loader
+        """The weight_loader of one parameter.
 
-        cuts out; raises ValueError for any other dtype or shape, and for a second time.
+        It takes what `Shard.part` makes, which is also what vLLM's own loader cuts out; raises ValueError for any other
+        dtype or shape, and for a second time.
         """
 
         def load(

@@ -21,9 +21,9 @@ from vllm_mxfp4_sm120.quantization.vllm_symbols import (
 
 
 class RouterMethod(LinearMethod):
-    """`backend` is that of the experts behind the router, where it brings a kernel for both; else None, and vLLM's
+    """The router's logits by the backend of the experts behind it.
 
-    linear answers.
+    `backend` is None where that brings no kernel for both: then vLLM's linear answers.
     """
 
     backend: Backend | None = None

@@ -13,9 +13,9 @@ ALIKE = 0.8
 
 
 def means_us(asked: str | None, others: Iterable[str]) -> bool:
-    """True for our name in any case, with hyphens or without separators. Raises ValueError for a misspelling of it,
+    """True for our name in any case, with hyphens or without separators.
 
-    unless it is one of the `others`, names that mean something else.
+    Raises ValueError for a misspelling of it, unless it is one of the `others`, names that mean something else.
     """
     if asked is None or (asked != NAME and asked in others):
         return False

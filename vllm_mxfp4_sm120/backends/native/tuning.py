@@ -47,9 +47,10 @@ def read(path: Path) -> tuple[Bound, ...]:
 
 @lru_cache
 def hand_over(device: torch.device) -> None:
-    """Tell the library, once, the rule of the device where weights lie, or of all of them for weights on the CPU,
+    """Tell the library, once, the rule of the device where weights lie.
 
-    which may yet move. Raises ValueError for a kernel that the library doesn't have.
+    For weights on the CPU, which may yet move, the rules of all devices. Raises ValueError for a kernel that the
+    library doesn't have.
     """
     if device.type == "cuda":
         indices = [torch.cuda.current_device() if device.index is None else device.index]
