@@ -24,3 +24,15 @@ def tiny(tmp_path_factory: pytest.TempPathFactory, tiny_config: dict) -> Path:
     directory = tmp_path_factory.mktemp("checkpoints") / "tiny"
     make_tiny(directory, tiny_config)
     return directory
+
+
+@pytest.fixture(scope="session")
+def transformers_model(tiny: Path):
+    """transformers' GptOssForCausalLM of the same checkpoint: dequantized by transformers, computed in float32."""
+    from transformers import GptOssForCausalLM, Mxfp4Config
+
+    model = GptOssForCausalLM.from_pretrained(
+        tiny, quantization_config=Mxfp4Config(dequantize=True), attn_implementation="eager"
+    )
+    model.generation_config.eos_token_id = None
+    return model.float().eval()

@@ -98,18 +98,6 @@ def choice(tiny_config: dict) -> selector.Choice:
     return selector.select(selector.this_machine(), Sizes.from_config(tiny_config).layer)
 
 
-@pytest.fixture(scope="session")
-def transformers_model(tiny: Path):
-    """transformers' GptOssForCausalLM of the same checkpoint: dequantized by transformers, computed in float32."""
-    from transformers import GptOssForCausalLM, Mxfp4Config
-
-    model = GptOssForCausalLM.from_pretrained(
-        tiny, quantization_config=Mxfp4Config(dequantize=True), attn_implementation="eager"
-    )
-    model.generation_config.eos_token_id = None
-    return model.float().eval()
-
-
 def transformers_answers(model, prompts: list[list[int]]) -> Answers:
     tokens, logprobs = [], []
     for ids in prompts:

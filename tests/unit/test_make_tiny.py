@@ -67,17 +67,6 @@ TOLERANCE = 2e-2  # of a log-probability, with which engines are compared (tests
 NEW_TOKENS = 32
 
 
-@pytest.fixture(scope="module")
-def transformers_model(tiny):
-    from transformers import GptOssForCausalLM, Mxfp4Config
-
-    model = GptOssForCausalLM.from_pretrained(
-        tiny, quantization_config=Mxfp4Config(dequantize=True), attn_implementation="eager"
-    )
-    model.generation_config.eos_token_id = None
-    return model.float().eval()
-
-
 def answers(model, forced: torch.Tensor | None = None) -> tuple[torch.Tensor, torch.Tensor, float]:
     """Greedy tokens [prompts, NEW_TOKENS] or the forced ones, their log-probabilities, and the least lead of one."""
     prompts = torch.randint(4, 304, (8, 20), generator=torch.Generator().manual_seed(1))
@@ -88,6 +77,11 @@ def answers(model, forced: torch.Tensor | None = None) -> tuple[torch.Tensor, to
     best = steps.topk(2).values
     logprobs = steps.log_softmax(-1).gather(2, forced[..., None])[..., 0]
     return forced, logprobs, (best[..., 0] - best[..., 1]).min().item()
+
+
+@pytest.fixture(scope="module")
+def undamaged(transformers_model) -> tuple[torch.Tensor, torch.Tensor, float]:
+    return answers(transformers_model)
 
 
 def expert_tensors_of(model) -> list[torch.Tensor]:
@@ -108,8 +102,8 @@ def silence_half(model) -> None:
 
 
 @pytest.mark.parametrize("damage", [exchange_half, silence_half])
-def test_tokens_and_probabilities_depend_on_the_experts(transformers_model, damage):
-    tokens, logprobs, _ = answers(transformers_model)
+def test_tokens_and_probabilities_depend_on_the_experts(transformers_model, undamaged, damage):
+    tokens, logprobs, _ = undamaged
     damaged = copy.deepcopy(transformers_model)
     damage(damaged)
     assert (answers(damaged)[0] != tokens).float().mean() > 0.75
@@ -118,9 +112,9 @@ def test_tokens_and_probabilities_depend_on_the_experts(transformers_model, dama
     assert difference.amax(dim=1).min() > 20 * TOLERANCE  # in every answer
 
 
-def test_rounding_decides_nothing(transformers_model):
+def test_rounding_decides_nothing(transformers_model, undamaged):
     """In BF16 the same tokens, by a lead of ten tolerances, and log-probabilities well within one."""
-    tokens, logprobs, lead = answers(transformers_model)
+    tokens, logprobs, lead = undamaged
     rounded = copy.deepcopy(transformers_model).bfloat16()
     assert torch.equal(answers(rounded)[0], tokens)
     assert (answers(rounded, tokens)[1] - logprobs).abs().max() < TOLERANCE / 2
