@@ -19,7 +19,7 @@ SLOW = (
     "tests/faults/test_engine_faults.py",
     "tests/kernels/test_native_build.py",
     "tests/packaging/test_wheel.py",
-    "tests/unit/test_flashinfer.py::test_against_the_real_flashinfer",
+    "tests/packaging/test_flashinfer_releases.py",
 )
 
 
