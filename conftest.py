@@ -17,7 +17,7 @@ SLOW = (
     "tests/conformance/test_conformance.py::test_native_in_its_emulator",
     "tests/engine/",
     "tests/faults/test_engine_faults.py",
-    "tests/kernels/test_native_build.py",
+    "tests/kernels/",
     "tests/packaging/test_wheel.py",
     "tests/packaging/test_flashinfer_releases.py",
 )
