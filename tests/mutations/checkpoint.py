@@ -87,7 +87,7 @@ MUTATIONS = (
     Mutation(
         "a tensor comes twice", "tensors", "if name in seen:", "if False:", f"{OTHER}[two-spellings-of-one-tensor]"
     ),
-    Mutation("tied lm_head forgotten", "tensors", "yield LM_HEAD, embedding", "pass", f"{OTHER}[lm_head-tied,-absent]"),
+    Mutation("tied lm_head forgotten", "tensors", "yield LM_HEAD, part", "pass", f"{OTHER}[lm_head-tied,-absent]"),
     Mutation(
         "Inf passes",
         "tensors",
