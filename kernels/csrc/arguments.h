@@ -77,7 +77,7 @@ enum class Aligned { Vector = 16, Element = 1 };
 struct Codes {
   int32_t cuda = aoti_torch_device_type_cuda(), cpu = aoti_torch_device_type_cpu();
   int32_t bfloat16 = aoti_torch_dtype_bfloat16(), float32 = aoti_torch_dtype_float32();
-  int32_t uint8 = aoti_torch_dtype_uint8(), int32 = aoti_torch_dtype_int32();
+  int32_t uint8 = aoti_torch_dtype_uint8(), int8 = aoti_torch_dtype_int8(), int32 = aoti_torch_dtype_int32();
 };
 inline const Codes& codes() {
   static const Codes codes;

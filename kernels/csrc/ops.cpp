@@ -1,45 +1,18 @@
 // SPDX-License-Identifier: Apache-2.0
 // The library's ops, on torch's stable ABI: one binary for every torch from 2.11 and every Python. Every argument is
 // checked here, by name, before a kernel sees a pointer.
-#include <torch/csrc/stable/accelerator.h>
 #include <torch/csrc/stable/library.h>
-#include <torch/csrc/stable/ops.h>
 
-#include <array>
 #include <limits>
 #include <tuple>
 
-#include "arguments.h"
+#include "calls.h"
 #include "rules.h"
 #include "runtime.h"
 #include "workspaces.h"
 
 namespace mxfp4_sm120 {
 namespace {
-
-using OptionalTensor = std::optional<Tensor>;
-
-// A new contiguous bf16 [rows, columns] where `place` is.
-Tensor new_output(const Place& place, int64_t rows, int64_t columns) {
-  const std::array<int64_t, 2> sizes{rows, columns}, strides{columns, 1};
-  AtenTensorHandle handle = nullptr;
-  TORCH_ERROR_CODE_CHECK(
-      aoti_torch_empty_strided(2, sizes.data(), strides.data(), codes().bfloat16, place.type, place.index, &handle));
-  return Tensor(handle);
-}
-
-// The tensors' device is the current one while this lives.
-class On {
- public:
-  explicit On(const Place& place) {
-    if (place.cuda()) guard_.emplace(place.index);
-  }
-
- private:
-  std::optional<torch::stable::accelerator::DeviceGuard> guard_;
-};
-
-void expect_launched(const char* why) { STD_TORCH_CHECK(why == nullptr, "mxfp4_sm120: ", why); }
 
 // Sizes come from x and the weights; all else must agree with them.
 MoeArgs sizes_of(const Tensor& x, const Tensor& w2, int64_t num_experts, int64_t top_k) {

@@ -6,6 +6,7 @@
 #include <cstring>
 #include <stdexcept>
 
+#include "dense/dense.h"
 #include "runtime.h"
 
 namespace mxfp4_sm120 {
@@ -13,6 +14,11 @@ namespace {
 
 const char* zeros(const MoeArgs& args, const Device&, void*) {
   std::memset(args.out, 0, static_cast<size_t>(args.M) * args.H * 2);
+  return nullptr;
+}
+
+const char* dense_zeros(const DenseArgs& args, const Device&, void*) {
+  std::memset(args.out, 0, static_cast<size_t>(args.M) * args.N * 2);
   return nullptr;
 }
 
@@ -42,6 +48,12 @@ bool is_capturing(void*) { return false; }
 
 const std::vector<Configuration>& configurations() {
   static const std::vector<Configuration> table = {{"zeros", {}, {0, 0}, zeros}, {"zeros8", {8}, {0, 0}, zeros}};
+  return table;
+}
+
+const std::vector<DenseConfiguration>& dense_configurations() {
+  static const std::vector<DenseConfiguration> table = {{"bf16_zeros", false, 16, {0, 0}, dense_zeros},
+                                                        {"int8_zeros", true, 16, {0, 0}, dense_zeros}};
   return table;
 }
 

@@ -46,6 +46,7 @@ def build(directory: Path, csrc: Path = CSRC, arch: int = 800) -> ctypes.CDLL:
     built = ctypes.CDLL(str(library))
     check_layout(built, MoeArgs, "MOE_ARGS")
     check_layout(built, RouterArgs, "ROUTER_ARGS")
+    check_layout(built, DenseArgs, "DENSE_ARGS")
     return built
 
 
@@ -67,6 +68,15 @@ class RouterArgs(ctypes.Structure):
     _fields_ = (
         *((name, ctypes.c_void_p) for name in ("x", "weight", "bias", "out")),
         *((name, ctypes.c_int) for name in ("M", "H", "experts")),
+    )
+
+
+class DenseArgs(ctypes.Structure):
+    """DenseArgs of dense/dense.h."""
+
+    _fields_ = (
+        *((name, ctypes.c_void_p) for name in ("x", "weight", "scale", "bias", "out")),
+        *((name, ctypes.c_int) for name in ("M", "N", "K")),
     )
 
 
@@ -159,5 +169,26 @@ def router(library: ctypes.CDLL, x: Tensor, weight: Tensor, bias: Tensor | None)
     library.router.restype = ctypes.c_char_p
     args = RouterArgs(*map(pointer, (x, weight, bias, out)), x.shape[0], x.shape[1], weight.shape[0])
     error = library.router(ctypes.byref(args))
+    assert error is None, error
+    return out
+
+
+def dense_configs(library: ctypes.CDLL) -> list[str]:
+    library.dense_name.restype = ctypes.c_char_p
+    found: list[str] = []
+    while (name := library.dense_name(len(found))) is not None:
+        found.append(name.decode())
+    return found
+
+
+def dense(
+    library: ctypes.CDLL, config: int, x: Tensor, weight: Tensor, scale: Tensor | None, bias: Tensor | None
+) -> Tensor:
+    """x bf16 [M, K], weight bf16 or int8 [N, K], scale bf16 [N, K/32], bias bf16 [N]."""
+    x, weight = aligned(x), aligned(weight)
+    out = torch.full((x.shape[0], weight.shape[0]), torch.nan, dtype=torch.bfloat16)
+    library.dense.restype = ctypes.c_char_p
+    args = DenseArgs(*map(pointer, (x, weight, scale, bias, out)), x.shape[0], *weight.shape)
+    error = library.dense(ctypes.byref(args), config)
     assert error is None, error
     return out

@@ -7,7 +7,6 @@ Dependent launches need a card.
 from __future__ import annotations
 
 import ctypes
-import functools
 import random
 import shutil
 from collections.abc import Callable
@@ -15,7 +14,7 @@ from collections.abc import Callable
 import pytest
 import torch
 
-from tests.kernels.emulated import Emulated, MoeArgs, build, configs, router
+from tests.kernels.emulated import Emulated, MoeArgs, configs, router
 from tests.support.layers import random_weights
 from vllm_mxfp4_sm120.moe import Activation, MoEShape, reference, topk_softmax
 
@@ -32,11 +31,6 @@ KERNELS_AND_CARDS = pytest.mark.parametrize(
 )
 # Against float64 with activations rounded to BF16: one rounding more, 1.65e-3; of few outputs it is no average.
 TOLERANCE, TOLERANCE_OF_FEW = 2.0e-3, 2.8e-3
-
-
-@pytest.fixture(scope="module")
-def libraries(tmp_path_factory: pytest.TempPathFactory) -> Callable[[int], ctypes.CDLL]:
-    return functools.cache(lambda arch: build(tmp_path_factory.mktemp("emulated"), arch=arch))
 
 
 @pytest.fixture

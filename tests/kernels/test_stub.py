@@ -134,3 +134,50 @@ def test_a_flashinfer_without_headers_is_named(tmp_path: Path):
 def test_an_unknown_option_is_refused():
     said = run("bash", KERNELS / "build.sh", "--sm120", check=False)
     assert said.returncode == 2 and "'--sm120' is not an option" in said.stderr
+
+
+def test_around_the_dense_kernels(stub: Path):
+    """Refusals that name what is wrong, compiling."""
+    result = in_a_new_process(
+        stub,
+        """
+from vllm_mxfp4_sm120.dense import native
+from vllm_mxfp4_sm120.dense.int8 import Int8Weights
+library.load()
+weight, bias = torch.ones(5, 64, dtype=torch.bfloat16), torch.ones(5, dtype=torch.bfloat16)
+encoded = Int8Weights.quantize(weight)
+codes, scale = encoded.codes, encoded.scales
+def refusal(*arguments):
+    try:
+        native.linear(*arguments)
+    except RuntimeError as error:
+        return str(error)
+print(refusal(x.repeat(100, 1), weight))
+print(refusal(x[:, :48].contiguous(), weight))
+print(refusal(x, weight.float()))
+print(refusal(x, codes))
+print(refusal(x, weight, None, scale))
+print(refusal(x, codes, None, scale.T.contiguous()))
+print(refusal(x, weight[:, :32].contiguous()))
+print(refusal(x, weight, bias[:4]))
+op = torch.ops.mxfp4_sm120.dense_linear.default
+for tokens in (0, 3):
+    torch.library.opcheck(op, (x[:tokens], weight, None, bias))
+    torch.library.opcheck(op, (x[:tokens], codes, scale, None))
+compiled = torch.compile(lambda x: native.linear(x * 2, codes, bias, scale) + 1, fullgraph=True, backend="aot_eager")
+print(bool((compiled(x) == 1).all()), tuple(compiled(x).shape))
+""",
+        MXFP4_SM120_ALLOW_STUB_KERNEL="1",
+    )
+    assert result.returncode == 0, result.stderr
+    assert result.stdout.splitlines() == [
+        "mxfp4_sm120: x has 300 tokens, expected at most 256",
+        "mxfp4_sm120: x has 48 columns, expected a multiple of 32 up to 65536",
+        "mxfp4_sm120: weight is float32, expected bfloat16 or int8",
+        "mxfp4_sm120: scale is missing, expected with int8 weights and only then",
+        "mxfp4_sm120: scale is given, expected with int8 weights and only then",
+        "mxfp4_sm120: scale has shape [2, 5], expected [5, 2]",
+        "mxfp4_sm120: weight has shape [5, 32], expected [5, 64]",
+        "mxfp4_sm120: bias has shape [4], expected [5]",
+        "True (3, 5)",
+    ]

@@ -124,6 +124,36 @@ __device__ __forceinline__ void store_if(bool store, void* p, uint2 v) {
                "l"(p), "r"(v.x), "r"(v.y)
                : "memory");
 }
+// 16 bytes, zeros unless `load`, without a branch: of weights, which are read once and that nobody writes.
+__device__ __forceinline__ uint4 load_once_if(bool load, const void* p) {
+  uint4 v;
+  asm volatile(
+      "{ .reg .pred p; setp.ne.b32 p, %4, 0; mov.b32 %0, 0; mov.b32 %1, 0; mov.b32 %2, 0; mov.b32 %3, 0;\n"
+      " @p ld.global.nc.L1::no_allocate.v4.u32 {%0,%1,%2,%3}, [%5]; }"
+      : "=&r"(v.x), "=&r"(v.y), "=&r"(v.z), "=&r"(v.w)
+      : "r"(int{load}), "l"(p));
+  return v;
+}
+__device__ __forceinline__ uint32_t load_u16_if(bool load, const uint16_t* p) {
+  uint32_t v;
+  asm volatile(
+      "{ .reg .pred p; .reg .b16 h; setp.ne.b32 p, %1, 0; mov.b16 h, 0;\n"
+      " @p ld.global.nc.u16 h, [%2]; cvt.u32.u16 %0, h; }"
+      : "=r"(v)
+      : "r"(int{load}), "l"(p));
+  return v;
+}
+// Of what the kernel before has written.
+__device__ __forceinline__ uint4 load_if(bool load, const void* p) {
+  uint4 v;
+  asm volatile(
+      "{ .reg .pred p; setp.ne.b32 p, %4, 0; mov.b32 %0, 0; mov.b32 %1, 0; mov.b32 %2, 0; mov.b32 %3, 0;\n"
+      " @p ld.global.v4.u32 {%0,%1,%2,%3}, [%5]; }"
+      : "=&r"(v.x), "=&r"(v.y), "=&r"(v.z), "=&r"(v.w)
+      : "r"(int{load}), "l"(p)
+      : "memory");
+  return v;
+}
 __device__ __forceinline__ int load_acquire(const int* p) {
   int v;
   asm volatile("ld.acquire.gpu.global.s32 %0, [%1];" : "=r"(v) : "l"(p) : "memory");
@@ -200,6 +230,12 @@ __device__ __forceinline__ uint32_t mul_bf16x2_by_hi(uint32_t a, uint32_t s) {
   asm("{ .reg .b16 l, h; .reg .b32 hh; mov.b32 {l, h}, %2; mov.b32 hh, {h, h}; fma.rn.bf16x2 %0, %1, hh, %3; }"
       : "=r"(d)
       : "r"(a), "r"(s), "r"(0x80008000u));
+  return d;
+}
+
+__device__ __forceinline__ uint32_t fma_bf16x2(uint32_t a, uint32_t b, uint32_t c) {
+  uint32_t d;
+  asm("fma.rn.bf16x2 %0, %1, %2, %3;" : "=r"(d) : "r"(a), "r"(b), "r"(c));
   return d;
 }
 

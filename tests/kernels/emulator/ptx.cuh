@@ -57,6 +57,14 @@ inline void store_if(bool store, void* p, uint32_t v) {
 inline void store_if(bool store, void* p, uint2 v) {
   if (store) std::memcpy(p, &v, sizeof(v));
 }
+inline uint4 load_if(bool load, const void* p) {
+  uint4 v{0, 0, 0, 0};
+  if (load && reinterpret_cast<uintptr_t>(p) % 16 != 0) emu::fail("a load isn't aligned");
+  if (load) std::memcpy(&v, p, sizeof(v));
+  return v;
+}
+inline uint4 load_once_if(bool load, const void* p) { return load_if(load, p); }
+inline uint32_t load_u16_if(bool load, const uint16_t* p) { return load ? *p : 0; }
 inline int thread_index() { return threadIdx.x; }
 inline int load_acquire(const int* p) {
   emu::yield();
@@ -124,5 +132,10 @@ inline uint32_t mul_bf16x2(uint32_t a, float lo, float hi) {
 }
 inline uint32_t mul_bf16x2_by_lo(uint32_t a, uint32_t s) { return mul_bf16x2(a, half_of(s, 0), half_of(s, 0)); }
 inline uint32_t mul_bf16x2_by_hi(uint32_t a, uint32_t s) { return mul_bf16x2(a, half_of(s, 1), half_of(s, 1)); }
+
+inline uint32_t fma_bf16x2(uint32_t a, uint32_t b, uint32_t c) {
+  auto half = [&](int h) { return __float2bfloat16_rn(std::fma(half_of(a, h), half_of(b, h), half_of(c, h))).bits; };
+  return half(0) | static_cast<uint32_t>(half(1)) << 16;
+}
 
 }  // namespace mxfp4_sm120

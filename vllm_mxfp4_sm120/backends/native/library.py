@@ -112,6 +112,7 @@ def _load() -> str:
     torch.ops.load_library(library)
     torch.library.register_fake("mxfp4_sm120::moe_layer", _fake_moe_layer)
     torch.library.register_fake("mxfp4_sm120::router_logits", _fake_router_logits)
+    torch.library.register_fake("mxfp4_sm120::dense_linear", _fake_dense_linear)
     architectures = str(torch.ops.mxfp4_sm120.architectures())
     if architectures == "stub":
         warnings.warn(f"{library} is a stub: its output is zeros, never an answer", stacklevel=2)
@@ -123,6 +124,10 @@ def _fake_moe_layer(x: Tensor, *arguments: object) -> Tensor:
 
 
 def _fake_router_logits(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    return x.new_empty(x.shape[0], weight.shape[0])
+
+
+def _fake_dense_linear(x: Tensor, weight: Tensor, scale: Tensor | None, bias: Tensor | None) -> Tensor:
     return x.new_empty(x.shape[0], weight.shape[0])
 
 

@@ -1,0 +1,82 @@
+// SPDX-License-Identifier: Apache-2.0
+// The ops of linear layers for few tokens, registered beside those of MoE layers.
+#include <torch/csrc/stable/library.h>
+
+#include <tuple>
+
+#include "../calls.h"
+#include "../runtime.h"
+#include "dense.h"
+
+namespace mxfp4_sm120 {
+namespace {
+
+Tensor dense_linear(const Tensor& x, const Tensor& weight, const OptionalTensor& scale, const OptionalTensor& bias) {
+  expect_given(x, "x");
+  expect_usable(x);
+  const Place place(x);
+  const int64_t M = size_of(x, "x", 2, 0), K = size_of(x, "x", 2, 1), N = size_of(weight, "weight", 2, 0);
+  if (M > DENSE_MAX_TOKENS) refuse("x", " has ", M, " tokens, expected at most ", DENSE_MAX_TOKENS);
+  if (K < DENSE_BLOCK || K % DENSE_BLOCK != 0 || K > DENSE_MAX_K)
+    refuse("x", " has ", K, " columns, expected a multiple of ", DENSE_BLOCK, " up to ", DENSE_MAX_K);
+  if (N < 1 || N > DENSE_MAX_N) refuse("weight", " has ", N, " rows, expected 1 to ", DENSE_MAX_N);
+  const int32_t dtype = dtype_of(weight);
+  const bool int8 = dtype == codes().int8;
+  if (!int8 && dtype != codes().bfloat16)
+    refuse("weight", " is ", dtype_name(weight.scalar_type()), ", expected bfloat16 or int8");
+  if (int8 != scale.has_value())
+    refuse("scale", int8 ? " is missing" : " is given", ", expected with int8 weights and only then");
+  DenseArgs args{};
+  args.M = static_cast<int>(M);
+  args.N = static_cast<int>(N);
+  args.K = static_cast<int>(K);
+  args.x = checked(x, "x", place, codes().bfloat16, {M, K});
+  args.weight = checked(weight, "weight", place, dtype, {N, K});
+  args.scale = static_cast<const uint16_t*>(
+      checked(scale, "scale", place, codes().bfloat16, {N, K / DENSE_BLOCK}, Aligned::Element));
+  args.bias = static_cast<const uint16_t*>(checked(bias, "bias", place, codes().bfloat16, {N}, Aligned::Element));
+  Tensor out = new_output(place, M, N);
+  if (M == 0) return out;
+  args.out = static_cast<uint16_t*>(out.data_ptr());
+  const On on(place);
+  expect_launched(dense_configuration(int8, args.M).launch(args, device_of(place.index), current_stream(place.index)));
+  return out;
+}
+
+using Names = std::vector<std::string>;
+using Integers = std::vector<int64_t>;
+
+std::tuple<Names, Integers, Integers, Integers, Integers> dense_configurations_op() {
+  std::tuple<Names, Integers, Integers, Integers, Integers> columns;
+  auto& [names, int8, tokens, threads, shared_bytes] = columns;
+  for (const DenseConfiguration& config : dense_configurations()) {
+    names.push_back(config.name);
+    int8.push_back(config.int8);
+    tokens.push_back(config.tokens);
+    threads.push_back(config.footprint.threads);
+    shared_bytes.push_back(config.footprint.shared_bytes);
+  }
+  return columns;
+}
+
+int64_t dense_max_tokens() { return DENSE_MAX_TOKENS; }
+
+}  // namespace
+
+STABLE_TORCH_LIBRARY_FRAGMENT(mxfp4_sm120, m) {
+  // x . weight^T + bias: x bf16 [M, K], weight bf16 [N, K], or int8 with scale bf16 [N, K / 32]; bias bf16 [N] -> bf16
+  // [M, N]. By up to 16 or 32 tokens at a time, each group of which reads the weights anew.
+  m.def("dense_linear(Tensor x, Tensor weight, Tensor? scale, Tensor? bias) -> Tensor");
+  // The table's columns, as of `configurations`; `tokens` share one reading of the weights.
+  m.def("dense_configurations() -> (str[] names, int[] int8, int[] tokens, int[] threads, int[] shared_bytes)");
+  m.def("dense_max_tokens() -> int");
+}
+
+STABLE_TORCH_LIBRARY_IMPL(mxfp4_sm120, CUDA, m) { m.impl("dense_linear", TORCH_BOX(&dense_linear)); }
+STABLE_TORCH_LIBRARY_IMPL(mxfp4_sm120, CPU, m) { m.impl("dense_linear", TORCH_BOX(&dense_linear)); }
+STABLE_TORCH_LIBRARY_IMPL(mxfp4_sm120, CompositeExplicitAutograd, m) {
+  m.impl("dense_configurations", TORCH_BOX(&dense_configurations_op));
+  m.impl("dense_max_tokens", TORCH_BOX(&dense_max_tokens));
+}
+
+}  // namespace mxfp4_sm120

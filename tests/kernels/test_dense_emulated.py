@@ -1,0 +1,138 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What the dense kernels compute, without a GPU: their source, run by the emulator."""
+
+from __future__ import annotations
+
+import ctypes
+import random
+import shutil
+from collections.abc import Callable
+
+import pytest
+import torch
+from torch import Tensor
+
+from tests.kernels.emulated import dense, dense_configs
+from vllm_mxfp4_sm120.dense.int8 import Int8Weights
+
+pytestmark = pytest.mark.skipif(shutil.which("g++") is None, reason="needs g++")
+
+CONFIGS = dict(enumerate(("bf16_tokens16", "bf16_tokens32", "int8_tokens16", "int8_tokens32")))
+EACH = pytest.mark.parametrize("config", CONFIGS, ids=list(CONFIGS.values()))
+# Against float64 on the weights as given: of BF16 the output's rounding; INT8's own error is some 0.5 %.
+TOLERANCE, TOLERANCE_OF_INT8 = 2.0e-3, 6.0e-3
+
+
+@pytest.fixture
+def library(libraries: Callable[[int], ctypes.CDLL]) -> ctypes.CDLL:
+    return libraries(800)
+
+
+def is_int8(config: int) -> bool:
+    return CONFIGS[config].startswith("int8")
+
+
+def problem(tokens: int, rows: int, k: int, seed: int, config: int) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
+    """x, the weights in float64 as they were before quantization, and as the kernel takes them."""
+    generator = torch.Generator().manual_seed(seed)
+    x = torch.randn(tokens, k, generator=generator).bfloat16()
+    weight = (torch.randn(rows, k, generator=generator) * torch.rand(rows, 1, generator=generator)).bfloat16()
+    if not is_int8(config):
+        return x, weight.double(), weight, None
+    encoded = Int8Weights.quantize(weight)
+    return x, weight.double(), encoded.codes, encoded.scales
+
+
+def wrong_by(out: Tensor, expected: Tensor) -> float:
+    return float((out.double() - expected).norm() / expected.norm())
+
+
+def test_the_table(library: ctypes.CDLL):
+    assert dense_configs(library) == list(CONFIGS.values())
+    library.dense_chosen.restype = ctypes.c_char_p
+    for int8, kind in ((False, "bf16"), (True, "int8")):
+        for tokens, most in ((1, 16), (16, 16), (17, 32), (32, 32), (33, 32), (256, 32)):
+            assert library.dense_chosen(int8, tokens).decode() == f"{kind}_tokens{most}"
+
+
+@EACH
+@pytest.mark.parametrize("seed", range(8))
+def test_right(library: ctypes.CDLL, config: int, seed: int):
+    """Any number of tokens and rows, any K of so many 32; more blocks than rows, or several passes a block."""
+    choose = random.Random(100 * config + seed)
+    tokens = choose.choice((1, 2, 7, 8, 9, 15, 16, 17, 31, 33, 64, 70))
+    rows = choose.choice((1, 5, 8, 39, 41, 80, 133, 250))
+    k = 32 * choose.choice((1, 2, 3, 15, 16, 17, 24, 25, 49, 50))
+    x, _, weight, scale = problem(tokens, rows, k, seed, config)
+    bias = torch.randn(rows).bfloat16() if seed % 2 else None
+    library.emulate([1, 2, 3, 9][seed % 4], True, seed)
+    out = dense(library, config, x, weight, scale, bias).double()
+    # The weights that the kernel multiplies with, exactly.
+    exact = (weight if scale is None else Int8Weights(weight, scale).decode(dtype=torch.bfloat16)).double()
+    offset = torch.zeros(rows, dtype=torch.float64) if bias is None else bias.double()
+    expected = x.double() @ exact.T + offset
+    # Each output: half a step of BF16, and FP32 sums.
+    bound = expected.abs() * 2**-8 + (x.double().abs() @ exact.abs().T + offset.abs()) * 2**-20
+    assert ((out - expected).abs() <= bound).all()
+
+
+@EACH
+def test_error_of_a_layer(library: ctypes.CDLL, config: int):
+    """Against float64 on the weights before they were quantized."""
+    x, exact, weight, scale = problem(16, 200, 1600, 3, config)
+    library.emulate(5, True, 0)
+    error = wrong_by(dense(library, config, x, weight, scale, None), x.double() @ exact.T)
+    assert error <= (TOLERANCE_OF_INT8 if is_int8(config) else TOLERANCE)
+
+
+@EACH
+def test_the_same_bits_in_any_order(library: ctypes.CDLL, config: int):
+    """However warps are scheduled, with any number of blocks, and beside any other tokens."""
+    x, _, weight, scale = problem(20, 100, 32 * 30, 0, config)
+    outs = []
+    for seed, blocks in enumerate((3, 3, 1, 7)):
+        library.emulate(blocks, True, seed)
+        outs.append(dense(library, config, x, weight, scale, None))
+    outs.append(torch.cat([dense(library, config, x[i : i + 3], weight, scale, None) for i in range(0, 20, 3)]))
+    assert all(torch.equal(out, outs[0]) for out in outs)
+
+
+@EACH
+@pytest.mark.parametrize("value", [torch.nan, torch.inf])
+def test_what_is_not_finite_stays_with_its_token(library: ctypes.CDLL, config: int, value: float):
+    x, _, weight, scale = problem(18, 20, 96, 1, config)
+    library.emulate(2, True, 0)
+    clean = dense(library, config, x, weight, scale, None)
+    x[5, 40] = value
+    poisoned = dense(library, config, x, weight, scale, None)
+    others = torch.arange(18) != 5
+    assert torch.equal(poisoned[others], clean[others]) and not poisoned[5].isfinite().any()
+
+
+@EACH
+def test_nothing_beside_the_weights_is_read(library: ctypes.CDLL, config: int):
+    """A token's or a row's neighbours in memory are NaN: they are never part of a sum."""
+    x, _, weight, scale = problem(3, 13, 160, 2, config)
+    x = torch.cat((x, torch.full_like(x, torch.nan)))[:3]
+    library.emulate(2, True, 0)
+    expected = dense(library, config, x, weight, scale, None)
+    wide = torch.full((2 * len(weight), 160), 127, dtype=weight.dtype)
+    wide[: len(weight)] = weight
+    assert torch.equal(dense(library, config, x, wide[: len(weight)], scale, None), expected)
+    assert expected.isfinite().all()
+
+
+@pytest.mark.parametrize("config", [2, 3], ids=["int8_tokens16", "int8_tokens32"])
+def test_every_int8_is_itself(library: ctypes.CDLL, config: int):
+    """Each code from -127 to 127 times a few scales, one at a time: the output is the product, rounded once."""
+    codes = torch.arange(-127, 128, dtype=torch.int8)
+    weight = torch.zeros(255, 64, dtype=torch.int8)
+    library.emulate(4, True, 0)
+    for place, scale_value in ((0, 1.0), (21, 0.0123), (63, 2.0**-40)):
+        weight.zero_()
+        weight[:, place] = codes
+        scale = torch.full((255, 2), scale_value).bfloat16()
+        x = torch.zeros(1, 64).bfloat16()
+        x[0, place] = 1
+        expected = (codes.double() * scale[:, 0].double()).bfloat16()
+        assert torch.equal(dense(library, config, x, weight, scale, None)[0], expected)

@@ -1,0 +1,45 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The dense kernels of the CUDA library: y = x W^T + b for few tokens, W in BF16 or INT8."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import lru_cache
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class DenseConfiguration:
+    """One entry of the library's table of dense kernels, and what a block of it needs."""
+
+    name: str
+    int8: bool
+    tokens: int  # that share one reading of the weights; more are taken in groups of so many
+    threads: int
+    shared_bytes: int
+
+
+@lru_cache
+def configurations() -> tuple[DenseConfiguration, ...]:
+    """The table. The library must be loaded."""
+    entries = zip(*torch.ops.mxfp4_sm120.dense_configurations(), strict=True)
+    return tuple(DenseConfiguration(name, bool(int8), *rest) for name, int8, *rest in entries)
+
+
+@lru_cache
+def max_tokens() -> int:
+    """Of one call. The library must be loaded."""
+    tokens: int = torch.ops.mxfp4_sm120.dense_max_tokens()
+    return tokens
+
+
+def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None, scale: Tensor | None = None) -> Tensor:
+    """x bf16 [M, K], weight bf16 [N, K] or int8 with scale bf16 [N, K/32] (`Int8Weights`), bias bf16 [N] -> [M, N].
+
+    K is a multiple of 32 and M at most `max_tokens()`. Sums are FP32 in a fixed order, rounded once; a scaled INT8
+    weight is rounded to BF16 first. Raises RuntimeError, in one line, for anything else.
+    """
+    out: Tensor = torch.ops.mxfp4_sm120.dense_linear(x, weight, scale, bias)
+    return out
