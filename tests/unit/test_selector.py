@@ -6,7 +6,7 @@ import torch
 from machines import GPT_OSS, NO_SM120, NO_TRITON, NOT_BUILT, install, machine
 
 from tests.support.layers import random_weights
-from vllm_mxfp4_sm120 import proof, selector
+from vllm_mxfp4_sm120 import proof, selector, settings
 from vllm_mxfp4_sm120.backends import registry
 from vllm_mxfp4_sm120.moe import MoEShape
 
@@ -98,6 +98,8 @@ def test_chosen(monkeypatch, name, installed, environment, moe_backend, config, 
     assert str(decide(monkeypatch, name, installed, environment, moe_backend, config)) == line
 
 
+KEYS = ", ".join(setting.key for setting in settings.TABLE if setting.in_json)
+
 REFUSED = [
     ("RTX 5090", {"flashinfer": "0.7.2"}, {}, "flashinfer_trtllm", {},
      f"--moe-backend asks for a backend that can't be used: flashinfer_trtllm: {NO_SM120}"),
@@ -136,12 +138,11 @@ REFUSED = [
      "--additional-config mxfp4_sm120 backend is 'fast', expected one of auto, flashinfer_trtllm, "
      "flashinfer_trtllm_mxfp8, native, triton, tiled, upcast"),
     ("cpu", {}, {}, None, {"mxfp4_sm120": {"backends": "tiled"}},
-     "--additional-config mxfp4_sm120 has 'backends', expected one of backend, use_triton, disable_triton_moe, proof"),
+     f"--additional-config mxfp4_sm120 has 'backends', expected one of {KEYS}"),
     ("cpu", {}, {}, None, {"mxfp4_sm120": {"proof": "no"}},
      "--additional-config mxfp4_sm120 proof is 'no', expected true or false"),
     ("cpu", {}, {}, None, {"mxfp4_sm120": "tiled"},
-     "--additional-config mxfp4_sm120 is 'tiled', expected an object of "
-     "backend, use_triton, disable_triton_moe, proof"),
+     f"--additional-config mxfp4_sm120 is 'tiled', expected an object of {KEYS}"),
 ]  # fmt: skip
 
 
