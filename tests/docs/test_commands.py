@@ -122,6 +122,10 @@ def python(arguments: Sequence[str], config: pytest.Config) -> None:
     if arguments[0] == "-m":
         assert importlib.util.find_spec(arguments[1]) is not None
         return
+    if arguments[0] == "-c":
+        imported = [node for node in ast.walk(ast.parse(arguments[1])) if isinstance(node, ast.Import)]
+        assert all(importlib.util.find_spec(name.name) for node in imported for name in node.names)
+        return
     options = {word.partition("=")[0] for word in arguments if word.startswith("--")}
     assert options <= options_of(arguments[0]), arguments
 

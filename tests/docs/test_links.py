@@ -24,8 +24,8 @@ def test_every_link_resolves(page: Page) -> None:
 
 @pytest.mark.parametrize("page", [page for page in PAGES if page.path.name != "CHANGELOG.md"], ids=str)
 def test_every_path_exists(page: Page) -> None:
-    """Files and folders that running text names, from the repository's root or from kernels/csrc."""
-    roots = (ROOT, ROOT / "kernels" / "csrc")
+    """Files and folders that running text names, from the repository's root, kernels/csrc or the package."""
+    roots = (ROOT, ROOT / "kernels" / "csrc", ROOT / "vllm_mxfp4_sm120")
     folders = "|".join(path.name for root in roots for path in root.iterdir() if path.is_dir() and path.name[0] != ".")
     named = [span for span in page.spans() if re.fullmatch(rf"(?:{folders})/[\w./-]*", span)]
     assert [name for name in named if not any((root / name).exists() for root in roots)] == []
