@@ -61,13 +61,14 @@ def make(arguments: Sequence[str], config: pytest.Config) -> None:
 
 
 def pip(arguments: Sequence[str], config: pytest.Config) -> None:
-    assert arguments[0] in ("install", "wheel")
+    """What is installed is this project, what it needs, or what vLLM brings."""
+    assert arguments[0] in ("install", "uninstall", "wheel")
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
     extras = project["optional-dependencies"]
     known = {Requirement(text) for texts in (project["dependencies"], *extras.values()) for text in texts}
-    names = {requirement.name for requirement in known} | {"pre-commit"}
+    names = {requirement.name for requirement in known} | {"pre-commit", "oss-harmony", "openai-harmony"}
     for word in arguments[1:]:
-        if word == "--no-deps":
+        if word in ("--no-deps", "--force-reinstall", "-y"):
             continue
         if match := re.fullmatch(r"\.(?:\[(\w+)\])?", word):
             assert match[1] is None or match[1] in extras, word
@@ -174,7 +175,12 @@ def pre_commit(arguments: Sequence[str], config: pytest.Config) -> None:
     assert list(arguments) == ["install"] and (ROOT / ".pre-commit-config.yaml").exists()
 
 
+def export(arguments: Sequence[str], config: pytest.Config) -> None:
+    assert all(re.fullmatch(r"[A-Z][A-Z0-9_]*=\S+", word) for word in arguments)
+
+
 CHECKS: dict[str, Callable[[Sequence[str], pytest.Config], None]] = {
+    "export": export,
     "make": make,
     "pip": pip,
     "pytest": pytest_options,
