@@ -4,12 +4,24 @@
 from __future__ import annotations
 
 import json
+import signal
 from pathlib import Path
 
 import pytest
 
 from vllm_mxfp4_sm120 import config_path
 from vllm_mxfp4_sm120.cli.make_tiny import make_tiny
+
+
+@pytest.fixture(scope="session", autouse=True)
+def signals() -> None:
+    """Children don't inherit that SIGINT (by a shell, in the background) or SIGHUP (by nohup) is ignored.
+
+    Tests send both. This process goes on ignoring SIGHUP.
+    """
+    for number, handler in ((signal.SIGINT, signal.default_int_handler), (signal.SIGHUP, lambda *_: None)):
+        if signal.getsignal(number) is signal.SIG_IGN:
+            signal.signal(number, handler)
 
 
 @pytest.fixture(scope="session")

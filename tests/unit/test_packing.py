@@ -7,7 +7,7 @@ import json
 import re
 import shutil
 import signal
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -238,14 +238,6 @@ def test_packed_experts_stay_as_they_are(packed: Path, tmp_path: Path) -> None:
 
 
 # What ends a run
-
-
-@pytest.fixture(autouse=True)
-def ctrl_c() -> Iterator[None]:
-    """SIGINT interrupts, though shells start what runs in the background with it ignored."""
-    before = signal.signal(signal.SIGINT, signal.default_int_handler)
-    yield
-    signal.signal(signal.SIGINT, before)
 
 
 def stop_at(step: int) -> Callable[[str, int, int], None]:
