@@ -11,7 +11,7 @@ from torch.nn import Parameter
 
 from vllm_mxfp4_sm120.dense import int8
 from vllm_mxfp4_sm120.dense.int8 import BLOCK, Int8Weights
-from vllm_mxfp4_sm120.quantization.dense import Dense, Int8Method
+from vllm_mxfp4_sm120.quantization.dense import Int8Method, Report
 
 
 def weights(rows: int, blocks: int, seed: int, exponent: int = -6) -> torch.Tensor:
@@ -93,7 +93,7 @@ def made(weight: torch.Tensor, method: Int8Method, layer: Layer | None = None) -
 def test_an_update_replaces_what_it_brings_and_nothing_else() -> None:
     """As trainers send them: one part of qkv, into a layer that is served, in the tensors that it holds."""
     before, after = weights(12, 2, 4), weights(12, 2, 5)
-    layer = made(before, Int8Method(Dense().report))
+    layer = made(before, Int8Method(Report()))
     place, scales = layer.weight.data_ptr(), layer.weight_scale.data_ptr()
     layer.weight.weight_loader(layer.weight, after[4:8], slice(4, 8))
     expected = Int8Weights.quantize(torch.cat([before[:4], after[4:8], before[8:]]))
@@ -102,14 +102,15 @@ def test_an_update_replaces_what_it_brings_and_nothing_else() -> None:
 
 
 def test_tied_tables_are_kept_once() -> None:
-    method, weight = Int8Method(Dense().report), Parameter(weights(8, 2, 6), requires_grad=False)
+    report, weight = Report(waiting=2), Parameter(weights(8, 2, 6), requires_grad=False)
     weight.weight_loader = None
     embedding, head = Layer(), Layer()
     for layer in (embedding, head):
         layer.register_parameter("weight", weight)
     for layer in (embedding, head):
-        method.process_weights_after_loading(layer)
+        Int8Method(report).process_weights_after_loading(layer)
+    assert (report.waiting, report.before, len(report.errors)) == (0, weight.nbytes, 1)
     assert embedding.weight.dtype == head.weight.dtype == torch.int8
     assert embedding.weight.data_ptr() == head.weight.data_ptr()
     assert embedding.weight_scale.data_ptr() == head.weight_scale.data_ptr()
-    assert made(weights(8, 2, 7), method).weight.data_ptr() != head.weight.data_ptr()
+    assert made(weights(8, 2, 7), Int8Method(report)).weight.data_ptr() != head.weight.data_ptr()

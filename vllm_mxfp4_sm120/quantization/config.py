@@ -3,13 +3,13 @@
 
 from __future__ import annotations
 
-from typing import Any
+from functools import cached_property
+from typing import TYPE_CHECKING, Any
 
 import torch
 
 from vllm_mxfp4_sm120 import NAME, settings
 from vllm_mxfp4_sm120.checkpoint import MODEL_TYPE, QUANT_METHODS, Packing, Sizes
-from vllm_mxfp4_sm120.quantization.dense import Dense
 from vllm_mxfp4_sm120.quantization.spelling import means_us
 from vllm_mxfp4_sm120.quantization.vllm_symbols import (
     QUANTIZATION_METHODS,
@@ -19,6 +19,9 @@ from vllm_mxfp4_sm120.quantization.vllm_symbols import (
     RoutedExperts,
     current_platform,
 )
+
+if TYPE_CHECKING:
+    from vllm_mxfp4_sm120.quantization.dense import Dense
 
 # In vLLM's copy of quantization_config: the model was claimed without being asked for by name.
 CLAIMED = "claimed_by_mxfp4_sm120"
@@ -33,7 +36,13 @@ class Mxfp4Sm120Config(QuantizationConfig):
     def __init__(self, checkpoint: dict[str, Any] | None = None) -> None:
         super().__init__()
         self.checkpoint = checkpoint
-        self.dense = Dense()
+
+    @cached_property
+    def dense(self) -> Dense:
+        """Imported with a model of ours: this file is in every process, whatever it serves."""
+        from vllm_mxfp4_sm120.quantization.dense import Dense
+
+        return Dense()
 
     @classmethod
     def from_config(cls, config: dict[str, Any]) -> Mxfp4Sm120Config:

@@ -3,7 +3,6 @@
 
 from __future__ import annotations
 
-import weakref
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
@@ -40,12 +39,17 @@ class Report:
     errors: dict[str, Tensor] = field(default_factory=dict)
 
     def add(self, name: str, weight: Tensor, encoded: Int8Weights) -> None:
-        self.waiting -= 1
-        self.before += weight.nbytes
-        self.after += encoded.bytes
-        self.errors[name] = encoded.relative_error(weight)
-        if self.waiting == 0:
-            logger.info("mxfp4_sm120: %s", self)
+        """Nothing once it has been said: what a running engine loads anew isn't judged again."""
+        if self.waiting:
+            self.before += weight.nbytes
+            self.after += encoded.bytes
+            self.errors[name] = encoded.relative_error(weight)
+
+    def one_done(self) -> None:
+        if self.waiting:
+            self.waiting -= 1
+            if self.waiting == 0:
+                logger.info("mxfp4_sm120: %s", self)
 
     def __str__(self) -> str:
         worst, error = max(((name, error.item()) for name, error in self.errors.items()), key=lambda one: one[1])
@@ -56,11 +60,10 @@ class Report:
 
 
 class Int8Method(QuantizeMethodBase):
-    """Of one layer, or of two that may share their weights (tied embeddings)."""
+    """Of one layer: a projection, lm_head or the embedding."""
 
     def __init__(self, report: Report, model_config: Any = None) -> None:
         self.report, self.model_config = report, model_config
-        self.last: tuple[weakref.ref[Parameter], Int8Weights] | None = None
 
     def create_weights(
         self,
@@ -82,13 +85,11 @@ class Int8Method(QuantizeMethodBase):
         if keeps_weight(layer, self.model_config):
             return
         weight = layer.weight
-        if self.last is not None and self.last[0]() is weight:
-            encoded = self.last[1]
-            self.report.waiting -= 1
-        else:
-            encoded = Int8Weights.quantize(weight.data)
-            self.last = weakref.ref(weight), encoded
+        encoded = getattr(weight, "encoded", None)  # by the other of two tied tables, which hold one parameter
+        if encoded is None:
+            encoded = weight.encoded = Int8Weights.quantize(weight.data)
             self.report.add(layer.prefix, weight.data, encoded)
+        self.report.one_done()
         codes = Parameter(encoded.codes, requires_grad=False)
         set_weight_attrs(codes, {**DIMENSIONS, "weight_loader": _update(layer, weight.weight_loader)})
         layer.register_parameter("weight", codes)
@@ -144,23 +145,19 @@ class Dense:
         if not prefix.endswith(PROJECTIONS) or not self.wanted or _vllms_own(prefix):
             return None
         columns = getattr(layer, "input_size_per_partition", layer.input_size)
-        if not _divides(columns, prefix):
-            return None
-        self.report.waiting += 1
-        return self._made()
+        return self._made() if _divides(columns, prefix) else None
 
     def take_vocabulary(self, *layers: Any) -> None:
         """lm_head and the embedding, which vLLM's GPT-OSS makes without asking for their method."""
         if not self.wanted:
             return
-        method = self._made()
         for layer in layers:
             if _divides(layer.embedding_dim, layer.prefix):
-                self.report.waiting += 1
-                layer.quant_method = method
+                layer.quant_method = self._made()
                 layer.use_fused_embedding = False  # vLLM's kernel reads BF16 rows
 
     def _made(self) -> Int8Method:
+        self.report.waiting += 1
         return Int8Method(self.report, get_current_vllm_config().model_config)
 
 

@@ -8,7 +8,7 @@ from pathlib import Path
 from vllm_mxfp4_sm120 import NAME, settings
 from vllm_mxfp4_sm120.checkpoint import INDEX, Checkpoint, check_config
 from vllm_mxfp4_sm120.memory import configure_torch
-from vllm_mxfp4_sm120.quantization import dense, features
+from vllm_mxfp4_sm120.quantization import features
 from vllm_mxfp4_sm120.quantization.config import CLAIMED
 from vllm_mxfp4_sm120.quantization.features import GPT_OSS
 from vllm_mxfp4_sm120.quantization.vllm_symbols import (
@@ -43,6 +43,8 @@ class GptOssConfig(MODELS_CONFIG_MAP[GPT_OSS]):
             return
         settings.check()
         check(vllm_config)
+        from vllm_mxfp4_sm120.quantization import dense  # not for other models, see config.py
+
         dense.settle(vllm_config)
         # Here, because this model is ours, and no process has touched CUDA yet: workers inherit the environment.
         capability = current_platform.get_device_capability()
