@@ -47,16 +47,9 @@ def test_what_int8_excludes_is_refused_before_a_weight_is_read(tiny: Path, optio
 
 @pytest.mark.parametrize("engine", ENGINES.values(), ids=ENGINES)
 def test_answers_are_those_of_the_rounded_weights(
-    tiny: Path, prompts: list[list[int]], tmp_path: Path, rounded: Answers, expected: Answers, engine: dict
+    tiny: Path, prompts: list[list[int]], tmp_path: Path, rounded: Answers, engine: dict
 ) -> None:
-    answers = generate(
-        tiny,
-        prompts,
-        tmp_path,
-        quantization="mxfp4_sm120",
-        additional_config=INT8,
-        **engine,
-    )
+    answers = generate(tiny, prompts, tmp_path, quantization="mxfp4_sm120", additional_config=INT8, **engine)
     assert answers.worst_difference(rounded) < TOLERANCE
     log = (tmp_path / "engine.log").read_text()
     assert "dense layers in INT8" in log

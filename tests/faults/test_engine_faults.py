@@ -33,25 +33,17 @@ from tests.faults.damage import (
     without,
 )
 from tests.faults.table import SERVED, Row, one_line, parametrize
+from tests.support.checkpoints import CONFIG as SMALL
 from tests.support.checkpoints import INDEX, SHARD, change_config, write_small
 
 OURS: dict[str, Any] = {"quantization": "mxfp4_sm120", "max_model_len": 64, "skip_tokenizer_init": True}
 # Sizes that vLLM's attention for CPUs takes; in two shards of which each expert is in one.
 CONFIG: dict[str, Any] = {
+    **SMALL,
     "architectures": ["GptOssForCausalLM"],
-    "model_type": "gpt_oss",
-    "num_hidden_layers": 2,
-    "num_local_experts": 3,
-    "hidden_size": 96,
-    "intermediate_size": 64,
-    "num_experts_per_tok": 2,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
     "head_dim": 32,
-    "vocab_size": 40,
     "torch_dtype": "bfloat16",
     "max_position_embeddings": 2048,
-    "quantization_config": {"quant_method": "mxfp4"},
 }
 
 
