@@ -58,7 +58,7 @@ def test_no_import_cycle(only_at_import: bool) -> None:
         pytest.fail(f"import cycle: {' <- '.join(error.args[1])}")
 
 
-@pytest.mark.parametrize("module", ["mxfp4", "moe", "routing", "platform", "log", "backends.registry"])
+@pytest.mark.parametrize("module", ["mxfp4", "terms", "moe", "routing", "platform", "log", "backends.registry"])
 def test_mathematics_and_facts_read_no_environment(module: str) -> None:
     text = SOURCES[f"{PACKAGE}.{module}"].read_text()
     assert "environ" not in text and "getenv" not in text
