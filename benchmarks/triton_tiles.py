@@ -7,11 +7,13 @@ python benchmarks/triton_tiles.py --tokens 1,16,256,4096
 from __future__ import annotations
 
 import argparse
+from functools import partial
 
 import torch
-from layer import DEVICE, MODELS, microseconds, ours, random_weights, router_logits
 
 from vllm_mxfp4_sm120.backends import triton as backend
+from vllm_mxfp4_sm120.bench import timing
+from vllm_mxfp4_sm120.bench.models import Inputs, model, random_weights
 
 # block_m, block_n, block_k, warps, stages; by block_m of the choice that they compete with.
 TRIED = {
@@ -27,17 +29,20 @@ TRIED = {
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--tokens", default="1,16,256,4096")
-    shape, count = MODELS["20b"]
-    layers = [ours(backend.Triton)(shape, random_weights(shape, seed)) for seed in range(count)]
+    sizes, device = model("20b"), torch.device("cuda")
+    shape, layer = sizes.experts, backend.Triton(sizes.experts)
+    layers = [layer.prepare(random_weights(shape, device, seed)) for seed in range(sizes.layers)]
     choose = backend.tiles_for
     for tokens in map(int, parser.parse_args().tokens.split(",")):
-        x = torch.randn(tokens, shape.hidden_size, device=DEVICE).bfloat16()
-        logits = [router_logits(shape, tokens, skew=False) for _ in layers]
+        inputs = Inputs.random(shape, tokens, sizes.layers, device)
+        calls = [partial(layer.forward_logits, each, inputs.x, inputs.logits[i]) for i, each in enumerate(layers)]
         chosen = choose(tokens * shape.top_k, shape.num_experts)
         for tiles in [chosen, *(backend.Tiles(*tiles) for tiles in TRIED[chosen.block_m])]:
             backend.tiles_for = lambda *_, tiles=tiles: tiles
             try:
-                print(f"{tokens:6d} tokens {microseconds({'': layers}, x, logits)['']:9.1f} us  {tiles}", flush=True)
+                walk = timing.walk_over(calls, capture=True)
+                time = timing.medians({"": walk.run}, device, 20)[""] / walk.calls
+                print(f"{tokens:6d} tokens {time:9.1f} us  {tiles}", flush=True)
             except RuntimeError as error:  # more shared memory or registers than the card has
                 print(f"{tokens:6d} tokens {'-':>9}     {tiles}: {error}"[:120], flush=True)
     backend.tiles_for = choose

@@ -1,9 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Draw docs/layer.svg from docs/data/layer-20b.json. Needs matplotlib.
+"""Draw docs/layer.svg from docs/data/layer-20b.json, as `mxfp4-sm120 bench --plot` draws. Needs matplotlib.
 
-    python scripts/chart.py [FILE]
-
-The picture holds the numbers that it was drawn from, so that a test can tell when it is out of date.
+python scripts/chart.py [FILE]
 """
 
 from __future__ import annotations
@@ -12,39 +10,17 @@ import json
 import sys
 from pathlib import Path
 
-import matplotlib
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
 
-matplotlib.use("svg")
-import matplotlib.pyplot as plt
+from vllm_mxfp4_sm120.bench import plot, table  # noqa: E402
 
-DOCS = Path(__file__).resolve().parent.parent / "docs"
-STYLES = {"native": ("#0b6e4f", "o", 2.4), "vLLM Marlin": ("#b5532a", "s", 1.6), "vLLM Triton": ("#3b5ba5", "^", 1.6)}
+DOCS = ROOT / "docs"
 
 
 def draw(data: dict, path: Path) -> None:
-    """One line a backend over the number of tokens, both axes logarithmic."""
-    # The same bytes every time: no date, and names of parts that don't depend on chance.
-    plt.rcParams.update({"svg.hashsalt": "layer", "svg.fonttype": "path", "font.size": 10})
-    figure, axes = plt.subplots(figsize=(7.2, 3.9), layout="constrained")
-    tokens = [row[0] for row in data["rows"]]
-    for column, name in enumerate(data["columns"][1:], 1):
-        color, marker, width = STYLES[name]
-        label = "this plugin, native" if name == "native" else name
-        axes.plot(tokens, [row[column] for row in data["rows"]], marker, ls="-", color=color, lw=width, label=label)
-    axes.set_xscale("log", base=2)
-    axes.set_yscale("log")
-    axes.set_xticks(tokens, [str(n) for n in tokens])
-    axes.set_yticks([20, 50, 100, 200, 500, 1000, 2000, 5000], [20, 50, 100, 200, 500, 1000, 2000, 5000])
-    axes.minorticks_off()
-    axes.set_xlabel("tokens")
-    axes.set_ylabel("microseconds")
-    axes.set_title(f"{data['what'].rpartition(',')[0]}: lower is better\n{data['where']}", fontsize=10, loc="left")
-    axes.grid(alpha=0.25)
-    axes.legend(frameon=False)
-    axes.spines[["top", "right"]].set_visible(False)
-    metadata = {"Date": None, "Creator": None, "Description": json.dumps(data["rows"])}
-    figure.savefig(path, format="svg", metadata=metadata)
-    plt.close(figure)
+    """A file of docs/data as a picture."""
+    plot.draw([table.from_data(data)], path)
 
 
 def main() -> None:

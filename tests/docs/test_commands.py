@@ -213,7 +213,7 @@ def known_flags() -> set[str]:
         parser = argparse.ArgumentParser()
         importlib.import_module(f"vllm_mxfp4_sm120.cli.{command.replace('-', '_')}").add_arguments(parser)
         flags |= set(parser._option_string_actions)
-    scripts = ("benchmarks/layer.py", "benchmarks/engine.py", "benchmarks/load.py", "benchmarks/quality.py")
+    scripts = ("benchmarks/engine.py", "benchmarks/load.py", "benchmarks/quality.py")
     return flags.union(*map(options_of, scripts), {"--no-deps", "--replay", "--conformance-cases"})
 
 
@@ -254,7 +254,8 @@ def test_python_is_python(page: Page, block: str) -> None:
         ("mxfp4-sm120", "doctor --jsn"),
         ("mxfp4-sm120", "serve DIR -- --no-such-option"),
         ("vllm", "serve DIR --no-such-option"),
-        ("python", "benchmarks/layer.py --no-such-option"),
+        ("mxfp4-sm120", "bench --no-such-option"),
+        ("python", "benchmarks/engine.py --no-such-option"),
         ("python", "benchmarks/no_such_file.py"),
         ("curl", """http://127.0.0.1:8000/v1/completions -d '{"promt": ""}'"""),
         ("kernels/build.sh", "--no-such-option"),

@@ -16,7 +16,7 @@ from filelock import FileLock
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from vllm_mxfp4_sm120 import proof
+from vllm_mxfp4_sm120 import drafts, proof
 from vllm_mxfp4_sm120.moe import MoEShape
 from vllm_mxfp4_sm120.platform import Machine
 from vllm_mxfp4_sm120.proof import record as records
@@ -77,7 +77,7 @@ def test_a_cache_that_cannot_be_written(what, number, monkeypatch, solved, caplo
 
 
 def test_a_full_disk(monkeypatch, solved, caplog):
-    failing(monkeypatch, "mkstemp", errno.ENOSPC, records.tempfile)
+    failing(monkeypatch, "mkstemp", errno.ENOSPC, drafts.tempfile)
     assert ask() == "wrong numbers" and len(said(caplog)) == 1
 
 

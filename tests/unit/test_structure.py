@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import ast
+import re
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -76,6 +77,26 @@ def test_settings_and_registry_import_nothing_heavy() -> None:
     )
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "[]"
+
+
+def reached(module: str) -> set[str]:
+    """All of the package that a module may import, in functions too, by way of others."""
+    found, waiting = set(), [module]
+    while waiting:
+        found.add(here := waiting.pop())
+        waiting += imports(here) - found
+    return found
+
+
+def test_nothing_that_serves_imports_the_tools() -> None:
+    """Neither commands nor benchmarks, nor what only they need."""
+    starts = [module for module in SOURCES if module.split(".")[1:2] in (["plugin"], ["quantization"], ["backends"])]
+    serving = set().union(*map(reached, starts))
+    assert len(serving) > 40
+    assert [module for module in serving if {"bench", "cli", "packing"} & set(module.split("."))] == []
+    tools = re.compile(r"^\s*(?:import|from) (?:rich|matplotlib)\b", re.MULTILINE)
+    assert [module for module in serving if tools.search(SOURCES[module].read_text())] == []
+    assert f"{PACKAGE}.bench.timing" in reached(f"{PACKAGE}.cli.bench")
 
 
 def lengths(text: str) -> Iterator[tuple[str, int]]:

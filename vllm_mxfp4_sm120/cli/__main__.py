@@ -14,6 +14,7 @@ from collections.abc import Sequence
 COMMANDS = {
     "build": "compile the CUDA library for this machine's card",
     "make-tiny": "write a small GPT-OSS checkpoint with MXFP4 experts, for tests and demonstrations",
+    "bench": "time the layers on this machine, beside vLLM's kernels and beside what no kernel can beat",
     "doctor": "say what is here, which backends can serve with it, and what would be chosen",
     "inspect": "say what a checkpoint holds, what is wrong with it, and on which cards it fits",
     "pack": "turn a BF16 GPT-OSS, such as a fine-tune, into one with MXFP4 experts",

@@ -12,7 +12,6 @@ import json
 import os
 import stat
 import sys
-import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import asdict
@@ -26,6 +25,7 @@ from vllm_mxfp4_sm120 import __version__, config_path, settings
 from vllm_mxfp4_sm120.backends.base import Backend
 from vllm_mxfp4_sm120.backends.native import library
 from vllm_mxfp4_sm120.cache import cache_dir, make_folder, others_may_write, owner_trouble
+from vllm_mxfp4_sm120.drafts import draft_of
 from vllm_mxfp4_sm120.log import logger
 from vllm_mxfp4_sm120.moe import MoEShape
 from vllm_mxfp4_sm120.platform import Machine, driver
@@ -85,16 +85,8 @@ def remember(record: Path | None, proof: Proof) -> None:
         make_folder(record.parent)
         if distrusted := others_may_write(record.parent):
             return _say(distrusted)
-        file, draft = tempfile.mkstemp(prefix=f".{record.stem}-", dir=record.parent)
-        try:
-            with open(file, "w") as opened:
-                opened.write(json.dumps(asdict(proof)))
-                os.fchmod(file, 0o644)  # nothing in it is secret, and who runs an image isn't who built it
-            os.replace(draft, record)
-        except BaseException:
-            with suppress(OSError):
-                os.unlink(draft)
-            raise
+        with draft_of(record) as draft:  # nothing in it is secret, and who runs an image isn't who built it
+            draft.write_text(json.dumps(asdict(proof)))
     except OSError as error:
         _say(f"{record.parent}: {error.strerror or error}")
 
