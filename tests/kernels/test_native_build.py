@@ -11,8 +11,8 @@ import pytest
 import torch
 
 from tests.kernels.building import KERNELS, in_a_new_process, run
+from vllm_mxfp4_sm120.backends import tuning
 from vllm_mxfp4_sm120.backends.native import library as native_library
-from vllm_mxfp4_sm120.backends.native import tuning
 
 
 @pytest.mark.parametrize(
@@ -176,11 +176,13 @@ def test_every_tuned_rule_names_kernels_that_exist(library: Path):
         """
 library.load()
 from vllm_mxfp4_sm120 import config_path
+from vllm_mxfp4_sm120.backends.tuning import read
 for path in sorted(config_path("tuning").glob("*.json")):
-    tuning._set_rule(0, tuning.read(path), path.name)
-assert tuning.rule_path("a card never seen") == config_path("tuning", "default.json")
+    tuning.check(read(path), path.name)
+    tuning.set_rule(0, read(path))
+assert tuning.found("a card never seen").path == config_path("tuning", "default.json")
 print("read")
-tuning._set_rule(0, (tuning.Bound("tokens25"),), "a rule")
+tuning.check((tuning.Bound("tokens25"),), "a rule")
 """,
     )
     assert result.stdout == "read\n", result.stderr

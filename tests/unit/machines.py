@@ -3,8 +3,8 @@
 
 from types import SimpleNamespace
 
-from vllm_mxfp4_sm120 import proof, selector
-from vllm_mxfp4_sm120.backends import flashinfer_trtllm, triton
+from vllm_mxfp4_sm120 import config_path, proof, selector
+from vllm_mxfp4_sm120.backends import flashinfer_trtllm, triton, tuning
 from vllm_mxfp4_sm120.backends.native import library as native_library
 from vllm_mxfp4_sm120.moe import MoEShape
 from vllm_mxfp4_sm120.platform import Machine, parse_cuda
@@ -55,6 +55,9 @@ def install(monkeypatch, flashinfer=None, has_triton=True, library=EVERY_CARD, f
     monkeypatch.setattr(native_library, "LIBRARY", SimpleNamespace(name="_native.so", exists=lambda: bool(library)))
     monkeypatch.setattr(native_library, "cached", lambda capability: None)
     monkeypatch.setattr(native_library, "load", lambda: library)
+    rule = tuning.read(config_path("tuning", "default.json"))
+    table = [native_library.Configuration(bound.kernel, 8192, 7168, 2**31 - 1, 128, 1024) for bound in rule]
+    monkeypatch.setattr(native_library, "configurations", lambda: table)
     monkeypatch.setattr(native_library, "limits", lambda: native_library.Limits(256, 8, 7168, 8192, 64))
     monkeypatch.setattr(proof, "why_not", lambda backend, machine, shape: dict(failing).get(backend.name))
     selector.select.cache_clear()

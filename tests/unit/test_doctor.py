@@ -11,7 +11,8 @@ import torch
 from machines import NO_FLASHINFER, NO_SM120, NOT_BUILT, install, machine
 
 from vllm_mxfp4_sm120 import selector
-from vllm_mxfp4_sm120.backends import registry
+from vllm_mxfp4_sm120.backends import registry, tuning
+from vllm_mxfp4_sm120.backends.native import library
 from vllm_mxfp4_sm120.cli import doctor, surroundings
 from vllm_mxfp4_sm120.cli.__main__ import main
 from vllm_mxfp4_sm120.cli.surroundings import Attention, Python
@@ -66,6 +67,21 @@ def test_on_a_5090(monkeypatch, capsys):
     assert "triton                  ready, proven" in printed
     assert "gpt-oss-20b             triton" in printed and "gpt-oss-120b            triton" in printed
     assert "MXFP4_SM120_MOE_STREAMS=2" in printed
+
+
+def test_whose_rule_is_in_use(monkeypatch, capsys, tmp_path):
+    pretend(monkeypatch, "RTX 5090")
+    monkeypatch.setenv("XDG_CONFIG_HOME", str(tmp_path / "config"))
+    shipped, own = tuning.shipped_path("RTX 5090"), tuning.user_path("RTX 5090")
+    own.parent.mkdir(parents=True)
+    own.write_text(json.dumps({"library": library.version(), "rule": [{"kernel": "decode"}]}))
+    assert main(["doctor", "--no-proof"]) == 0
+    assert f"tuning        native on RTX 5090: {own}" in capsys.readouterr().out.splitlines()
+    own.write_text(json.dumps({"library": "another", "rule": [{"kernel": "decode"}]}))
+    assert main(["doctor", "--no-proof"]) == 0
+    printed = capsys.readouterr().out.splitlines()
+    assert f"tuning        native on RTX 5090: {shipped}" in printed
+    assert any(line.startswith(f"{own} was tuned for another version of library (another, ") for line in printed)
 
 
 def test_without_proof(monkeypatch, capsys):

@@ -10,8 +10,7 @@ import pytest
 import torch
 
 from vllm_mxfp4_sm120 import config_path, proof, selector
-from vllm_mxfp4_sm120.backends import registry
-from vllm_mxfp4_sm120.backends.native import tuning
+from vllm_mxfp4_sm120.backends import registry, tuning
 from vllm_mxfp4_sm120.backends.tiled import Tiled
 from vllm_mxfp4_sm120.moe import Activation, MoEShape
 from vllm_mxfp4_sm120.platform import Machine

@@ -93,7 +93,7 @@ def test_nothing_that_serves_imports_the_tools() -> None:
     starts = [module for module in SOURCES if module.split(".")[1:2] in (["plugin"], ["quantization"], ["backends"])]
     serving = set().union(*map(reached, starts))
     assert len(serving) > 40
-    assert [module for module in serving if {"bench", "cli", "packing"} & set(module.split("."))] == []
+    assert [module for module in serving if {"bench", "cli", "packing", "tune"} & set(module.split("."))] == []
     tools = re.compile(r"^\s*(?:import|from) (?:rich|matplotlib)\b", re.MULTILINE)
     assert [module for module in serving if tools.search(SOURCES[module].read_text())] == []
     assert f"{PACKAGE}.bench.timing" in reached(f"{PACKAGE}.cli.bench")

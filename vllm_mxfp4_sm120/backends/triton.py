@@ -7,7 +7,9 @@ place (count first, when there are many pairs), gate-up + SwiGLU, down, combine.
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Any
 
 import torch
@@ -15,8 +17,10 @@ from torch import Tensor
 
 from vllm_mxfp4_sm120 import mxfp4
 from vllm_mxfp4_sm120.backends import triton_kernels as kernels
+from vllm_mxfp4_sm120.backends import tuning
 from vllm_mxfp4_sm120.backends.base import Backend, Prepared
 from vllm_mxfp4_sm120.backends.triton_kernels import triton
+from vllm_mxfp4_sm120.backends.tuning import Family, Found, Rule
 from vllm_mxfp4_sm120.moe import SWIGLU_ALPHA, SWIGLU_LIMIT, Activation, MoEShape, MoEWeights
 from vllm_mxfp4_sm120.platform import Machine
 
@@ -44,6 +48,20 @@ class Tiles:
     warps: int
     stages: int
 
+    def __str__(self) -> str:
+        """What a rule calls it, such as "16x64x256w4s3"."""
+        return f"{self.block_m}x{self.block_n}x{self.block_k}w{self.warps}s{self.stages}"
+
+    @classmethod
+    @lru_cache
+    def parse(cls, name: str) -> Tiles:
+        """The way back. Raises ValueError for anything else, and for what isn't a power of two where it must be."""
+        match = re.fullmatch(r"(\d+)x(\d+)x(\d+)w(\d+)s(\d+)", name)
+        numbers = [int(number) for number in match.groups()] if match else [0]
+        if any(number < 1 or number & (number - 1) for number in numbers[:4]) or numbers[-1] < 1:
+            raise ValueError(f"{name} are no tiles: expected powers of two, such as 16x64x256w4s3")
+        return cls(*numbers)
+
     def options(self) -> dict[str, Any]:
         return {
             "BLOCK_M": self.block_m,
@@ -55,18 +73,37 @@ class Tiles:
         }
 
 
-def tiles_for(pairs: int, experts: int) -> Tiles:
-    """Tiles by the average number of pairs per chosen expert.
+@lru_cache
+def rule_of(device: torch.device) -> Rule:
+    """The tiles of a device's calls, by tokens and by pairs per expert on average. Raises ValueError as `tuning.find`.
 
-    The fastest on an H100 of those that benchmarks/triton_tiles.py tries. All fit the 99 KB of shared memory that a
-    block has on SM 12.x.
+    What is shipped was the fastest on an H100; all of it fits the 99 KB of shared memory that a block has on SM 12.x.
     """
-    average = pairs / min(experts, pairs)
-    if average <= 16:
-        return Tiles(16, 64, 256, 4, 3)
-    if average <= 64:
-        return Tiles(64, 128, 128, 4, 3)
-    return Tiles(128, 128, 64, 4, 4)
+    return tuning.say(found(torch.cuda.get_device_name(device) if device.type == "cuda" else device.type))
+
+
+def found(card: str) -> Found:
+    """The rule for a card. Raises ValueError as `tuning.find`."""
+    return tuning.find(card, Family.TRITON, version(), check)
+
+
+def version() -> str:
+    """Triton's, which its kernels' speed depends on."""
+    return str(getattr(triton, "__version__", None))
+
+
+def check(rule: Rule, name: str) -> None:
+    """Raises ValueError for a kernel that isn't the name of `Tiles`; `name` is the rule's file."""
+    for bound in rule:
+        try:
+            Tiles.parse(bound.kernel)
+        except ValueError as error:
+            raise ValueError(f"{name}: {error}") from None
+
+
+def tiles_for(rule: Rule, tokens: int, pairs_per_expert: float) -> Tiles:
+    """What a rule says for so many tokens, and so many of their choices an expert on average."""
+    return Tiles.parse(tuning.choose(rule, tokens, pairs_per_expert))
 
 
 @dataclass(frozen=True)
@@ -84,6 +121,8 @@ class Triton(Backend):
     name = "triton"
     capturable = True
     scale_range = (0, MAX_SCALE)  # and beyond, see why_not_weights
+    # None takes what the device's rule says. `mxfp4-sm120 tune` times others.
+    tiles: Tiles | None = None
 
     @classmethod
     def why_not(cls, machine: Machine, shape: MoEShape) -> str | None:
@@ -190,7 +229,7 @@ class Triton(Backend):
     def _group(self, topk_ids: Tensor, expert_map: Tensor | None) -> Grouped:
         """Sort the pairs by expert and cut them into tiles."""
         pairs, local = topk_ids.numel(), self.shape.local_experts
-        tiles = tiles_for(pairs, local)
+        tiles = self.tiles or tiles_for(rule_of(topk_ids.device), len(topk_ids), pairs / local)
         # An expert's last tile may be part empty, so there are at most this many; the rest of the grid leaves at once.
         most_tiles = pairs // tiles.block_m + min(local, pairs)
         experts = max(2, triton.next_power_of_2(local))

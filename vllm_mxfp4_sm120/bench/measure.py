@@ -53,7 +53,7 @@ def time_row(
     candidates: Iterable[Candidate], inputs: Inputs, judge: Judge, device: torch.device, table: Table
 ) -> dict[str, float]:
     """Microseconds of one layer for each candidate that computes this size right; the table learns why not others."""
-    walks = max(1, GRAPH_CALLS // len(inputs.logits)) if device.type == "cuda" and len(inputs.x) <= FEW_TOKENS else 1
+    walks = walks_of(len(inputs.logits), len(inputs.x), device)
     ready: dict[str, timing.Walk] = {}
     for candidate in candidates:
         try:
@@ -68,6 +68,11 @@ def time_row(
             table.errors[candidate.name] = max(error, table.errors.get(candidate.name, 0.0))
     times = timing.medians({name: walk.run for name, walk in ready.items()}, device, REPEATS[device.type])
     return {name: time / ready[name].calls for name, time in times.items()}
+
+
+def walks_of(layers: int, tokens: int, device: torch.device) -> int:
+    """How often a graph walks over so many layers."""
+    return max(1, GRAPH_CALLS // layers) if device.type == "cuda" and tokens <= FEW_TOKENS else 1
 
 
 def checked(walk: timing.Walk, judge: Judge, tolerance: float | None) -> float:
@@ -180,16 +185,16 @@ def one_line(failure: BaseException) -> str:
     return said or type(failure).__name__
 
 
-def expect_cuda_alive(name: str, failure: BaseException, device: torch.device) -> None:
+def expect_cuda_alive(
+    name: str, failure: BaseException, device: torch.device, remedy: str = "leave it out with --backends"
+) -> None:
     """Raises RuntimeError where a kernel has broken the CUDA context, after which nothing in this process works."""
     if device.type != "cuda":
         return
     try:
         torch.cuda.synchronize(device)
     except RuntimeError:
-        raise RuntimeError(
-            f"{name} broke CUDA for this process ({one_line(failure)}); leave it out with --backends"
-        ) from None
+        raise RuntimeError(f"{name} broke CUDA for this process ({one_line(failure)}); {remedy}") from None
 
 
 def chosen(wanted: Sequence[str] | None, default: Sequence[str], all_names: Sequence[str]) -> list[str]:

@@ -16,6 +16,7 @@ COMMANDS = {
     "make-tiny": "write a small GPT-OSS checkpoint with MXFP4 experts, for tests and demonstrations",
     "bench": "time the layers on this machine, beside vLLM's kernels and beside what no kernel can beat",
     "doctor": "say what is here, which backends can serve with it, and what would be chosen",
+    "tune": "time this card's kernels, and let each compute what it is fastest at",
     "inspect": "say what a checkpoint holds, what is wrong with it, and on which cards it fits",
     "pack": "turn a BF16 GPT-OSS, such as a fine-tune, into one with MXFP4 experts",
     "unpack": "turn MXFP4 experts back into BF16, as transformers keeps them",

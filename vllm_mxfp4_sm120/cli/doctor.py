@@ -16,8 +16,9 @@ from pathlib import Path
 import torch
 
 from vllm_mxfp4_sm120 import __version__, memory, platform, proof, selector, settings
-from vllm_mxfp4_sm120.backends import registry
+from vllm_mxfp4_sm120.backends import registry, triton
 from vllm_mxfp4_sm120.backends.native import library
+from vllm_mxfp4_sm120.backends.native import tuning as native_tuning
 from vllm_mxfp4_sm120.checkpoint import Sizes, published_config
 from vllm_mxfp4_sm120.cli import surroundings
 from vllm_mxfp4_sm120.cli.surroundings import Attention, Python
@@ -59,6 +60,7 @@ class Report:
     machine: str
     gpus: list[Gpu] = field(default_factory=list)
     library: str | None = None
+    tuning: dict[str, str] = field(default_factory=dict)  # the file of each card's rule, by whose kernels and card
     backends: list[BackendReport] = field(default_factory=list)
     chosen: dict[str, str | None] = field(default_factory=dict)
     weights: dict[str, int] = field(default_factory=dict)  # bytes of a model's, packed
@@ -91,6 +93,7 @@ def examine(prove: bool = True) -> Report:
             report.library = library.load()
     except (OSError, RuntimeError) as error:
         report.notes.append(f"{library.LIBRARY.name}: {error}")
+    look_at_tuning(report)
     request = selector.Request.from_user()
     request = replace(request, proof=prove and request.proof)
     look_around(report, ask_vllm=prove)
@@ -115,6 +118,20 @@ def examine(prove: bool = True) -> Report:
         setting.name: os.environ[setting.name] for setting in settings.TABLE if os.environ.get(setting.name)
     }
     return report
+
+
+def look_at_tuning(report: Report) -> None:
+    """Which rule says which kernel computes how many tokens, and why a user's own isn't used."""
+    cards = dict.fromkeys(gpu.name for gpu in report.gpus)
+    finders = {"native": native_tuning.found} if report.library not in (None, "stub") else {}
+    if report.versions["Triton"] is not None:
+        finders["triton"] = triton.found
+    for card in cards:
+        for name, find in finders.items():
+            found = find(card)
+            report.tuning[f"{name} on {card}"] = str(found.path)
+            if found.ignored is not None:
+                report.notes.append(found.ignored)
 
 
 def look_around(report: Report, ask_vllm: bool) -> None:
@@ -152,6 +169,7 @@ def lines(report: Report) -> Iterator[str]:
     if not report.gpus:
         yield "no NVIDIA GPU"
     yield f"CUDA library  {'built for ' + report.library if report.library else 'none'}"
+    yield from (f"tuning        {name}: {path}" for name, path in report.tuning.items())
     for python in report.pythons:
         yield f"{python.executable}  vLLM {python.vllm or 'none'}, plugin {python.plugin or 'none'}"
     if report.attention is not None:

@@ -21,7 +21,8 @@ from pathlib import Path
 
 from filelock import FileLock, Timeout
 
-from vllm_mxfp4_sm120 import __version__, config_path, settings
+from vllm_mxfp4_sm120 import __version__, settings
+from vllm_mxfp4_sm120.backends import tuning
 from vllm_mxfp4_sm120.backends.base import Backend
 from vllm_mxfp4_sm120.backends.native import library
 from vllm_mxfp4_sm120.cache import cache_dir, make_folder, others_may_write, owner_trouble
@@ -156,7 +157,7 @@ def _source_digest(backend: type[Backend], machine: Machine) -> str:
     """Of everything in this package that the outcome depends on: code, compiled libraries, which kernel when."""
     digest = hashlib.sha256()
     root = Path(__file__).parents[1]
-    for path in sorted((*root.rglob("*.py"), *root.rglob("*.so"), *config_path("tuning").rglob("*.json"))):
+    for path in sorted((*root.rglob("*.py"), *root.rglob("*.so"), *tuning.files())):
         digest.update(path.read_bytes())
     with suppress(PermissionError):  # not loaded then, and its backend says why
         if cached := library.cached(machine.capability):

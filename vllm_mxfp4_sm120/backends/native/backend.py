@@ -12,9 +12,6 @@ from vllm_mxfp4_sm120.backends.native.layout import MAX_SCALE, MIN_SCALE, tile_e
 from vllm_mxfp4_sm120.moe import Activation, MoEShape, MoEWeights
 from vllm_mxfp4_sm120.platform import Machine
 
-# Of `moe_layer`: the kernel that the device's rule says.
-BY_RULE = -1
-
 
 class Native(Backend):
     """Grouped kernels that decode MXFP4 in registers, from router logits to output in one to four launches."""
@@ -23,6 +20,8 @@ class Native(Backend):
     capturable = True
     has_router = True
     scale_range = (MIN_SCALE, MAX_SCALE)
+    # Of the library's table; -1 takes what the device's rule says. `mxfp4-sm120 tune` times each.
+    configuration = -1
 
     @classmethod
     def why_not(cls, machine: Machine, shape: MoEShape) -> str | None:
@@ -110,7 +109,7 @@ class Native(Backend):
             self.shape.num_experts,
             self.shape.top_k,
             self.shape.activation is Activation.SWIGLU_OAI,
-            BY_RULE,
+            self.configuration,
         )
         return out
 

@@ -46,6 +46,10 @@ class Configuration:
     threads: int
     shared_bytes: int
 
+    def takes(self, tokens: int, top_k: int, size: int) -> bool:
+        """Whether a call is within its limits; `size` is the larger of hidden and intermediate size."""
+        return tokens <= self.tokens and size <= self.size and tokens * top_k * size <= self.values
+
 
 def find(capability: tuple[int, int] | None) -> Path | None:
     """The library for a GPU: what `mxfp4-sm120 build` left in the cache directory, else the package's; None if neither.
@@ -80,10 +84,15 @@ def cache_path(capability: tuple[int, int] | None) -> Path | None:
     folder = cache_dir()
     if folder is None or capability is None:
         return None
+    return folder / "libraries" / f"native-sm_{capability[0]}{capability[1]}-{version()}.so"
+
+
+def version() -> str:
+    """Sixteen hexadecimal digits that change with this package's version and with every source of the library."""
     digest = hashlib.sha256(__version__.encode())
     for source in sorted(sources().glob("csrc/**/*.*")):
         digest.update(source.read_bytes())
-    return folder / "libraries" / f"native-sm_{capability[0]}{capability[1]}-{digest.hexdigest()[:16]}.so"
+    return digest.hexdigest()[:16]
 
 
 def sources() -> Path:

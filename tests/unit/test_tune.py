@@ -1,0 +1,422 @@
+# SPDX-License-Identifier: Apache-2.0
+"""tune on made-up times: no kernel is taken that isn't faster beyond doubt, and no run leaves anything half done."""
+
+from __future__ import annotations
+
+import json
+import logging
+from functools import partial
+from pathlib import Path
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from machines import NOT_BUILT, install, machine
+
+from vllm_mxfp4_sm120 import config_path
+from vllm_mxfp4_sm120.backends import triton, tuning
+from vllm_mxfp4_sm120.backends.native import library
+from vllm_mxfp4_sm120.backends.native import tuning as native_tuning
+from vllm_mxfp4_sm120.backends.tiled import Tiled
+from vllm_mxfp4_sm120.backends.triton import Tiles
+from vllm_mxfp4_sm120.backends.tuning import Bound, Family
+from vllm_mxfp4_sm120.bench import measure, models, timing
+from vllm_mxfp4_sm120.cli import tune
+from vllm_mxfp4_sm120.cli.__main__ import main
+from vllm_mxfp4_sm120.platform import Machine
+from vllm_mxfp4_sm120.tune import gpu
+from vllm_mxfp4_sm120.tune.decide import GAIN, decide, gain, serving, tidied
+from vllm_mxfp4_sm120.tune.session import Job, Timed
+from vllm_mxfp4_sm120.tune.sizes import Size, around
+
+CARD = "NVIDIA GeForce RTX 5090"
+SHIPPED = tuning.read(config_path("tuning", "default.json"))
+RULE = (Bound("a", tokens=8), Bound("b", tokens_per_expert=16), Bound("c"))
+
+
+def size(tokens: int) -> Size:
+    """4 of 32 experts a token: tokens_per_expert is tokens / 8."""
+    return Size("20b", tokens, 32, 4)
+
+
+def rounds(*microseconds: float) -> list[float]:
+    """Five rounds of each of these times, a little noise in them."""
+    return [time * (1 + 0.004 * (i % 3 - 1)) for time in microseconds for i in range(5 // len(microseconds))]
+
+
+def times(**kernels: dict[int, float]) -> dict[Size, dict[str, list[float]]]:
+    """By kernel and tokens."""
+    found: dict[Size, dict[str, list[float]]] = {}
+    for kernel, row in kernels.items():
+        for tokens, time in row.items():
+            found.setdefault(size(tokens), {})[kernel] = rounds(time)
+    return found
+
+
+FLAT = dict.fromkeys((4, 6, 8, 9, 12, 100, 128, 136, 200), 100.0)
+
+
+@pytest.mark.parametrize(
+    ("changed", "rule"),
+    [
+        pytest.param({}, RULE, id="all the same"),
+        pytest.param({"a": {9: 98.5, 12: 98.5}}, RULE, id="too little gained"),
+        pytest.param({"a": {9: 90, 12: 90}}, (Bound("a", tokens=12), *RULE[1:]), id="outward"),
+        pytest.param({"a": {9: 90}}, (Bound("a", tokens=9), *RULE[1:]), id="as far as it gains"),
+        pytest.param({"b": {6: 90, 8: 90}}, (Bound("a", tokens=5), *RULE[1:]), id="inward"),
+        pytest.param({"b": {6: 90}}, RULE, id="one size alone is no range"),
+        pytest.param({"b": {4: 90, 6: 90, 8: 90}}, RULE[1:], id="never the best"),
+        pytest.param(
+            {"c": {128: 90, 100: 90}}, (RULE[0], Bound("b", tokens_per_expert=99 / 8), RULE[2]), id="per expert"
+        ),
+        pytest.param({"b": {136: 90, 200: 90}}, (RULE[0], Bound("b", tokens_per_expert=25), RULE[2]), id="up to there"),
+        pytest.param({"d": {136: 90, 200: 90}}, (*RULE[:2], Bound("d")), id="a new kernel for a line"),
+        pytest.param(
+            {"d": {9: 90, 12: 90}},
+            (RULE[0], Bound("b", tokens_per_expert=1.0), Bound("d", tokens_per_expert=1.5), *RULE[1:]),
+            id="a new kernel for a part of it",
+        ),
+    ],
+)
+def test_borders_move_only_where_it_pays(changed: dict, rule: tuning.Rule) -> None:
+    found = times(**{kernel: FLAT | changed.get(kernel, {}) for kernel in "abcd"})
+    decision = decide(RULE, found)
+    assert decision.rule == rule
+    moved = {each.size.tokens for each in decision.changes}
+    assert moved == {s.tokens for s in found if serving(rule, s, found[s]) != serving(RULE, s, found[s])}
+    assert all(each.gain >= GAIN for each in decision.changes)
+
+
+def test_faster_in_every_round_or_not_at_all() -> None:
+    mostly = {"a": [90, 90, 90, 90, 101], "b": [100] * 5, "c": [100] * 5}
+    assert decide(RULE, {size(9): mostly}).rule == RULE and gain(mostly, "a", "b") == 1.0
+    always = mostly | {"a": [90] * 5}
+    assert decide(RULE, {size(9): always}).rule[0] == Bound("a", tokens=9)
+
+
+def test_a_kernel_that_cannot_take_a_size() -> None:
+    """Nothing is given to it there; and where today's can't, the next line's is what counts, as in the library."""
+    found = times(a={4: 100, 8: 100}, b={4: 120, 8: 120, 9: 100, 30: 100}, c={4: 120, 8: 120, 9: 90, 30: 90})
+    assert serving((Bound("a", tokens=30), *RULE[1:]), size(9), found[size(9)]) == "b"
+    assert decide(RULE, found).rule == (Bound("a", tokens=8), Bound("c"))
+    with pytest.raises(ValueError, match="the rule has no kernel for 30 tokens of 20b, expected one of b"):
+        serving((Bound("a"),), size(30), {"b": 1})
+
+
+def test_two_models_share_a_rule() -> None:
+    """What one of them gains by isn't forced on the other, which has as many tokens an expert."""
+    wide = Size("120b", 48, 128, 4)  # 1.5 an expert, as 12 tokens of 20b
+    found = times(b=FLAT, c=FLAT | {9: 90, 12: 90}, a=FLAT)
+    found[wide] = {"b": rounds(90), "c": rounds(100)}
+    rule = decide(RULE, found).rule
+    assert serving(rule, wide, found[wide]) == "b" and serving(rule, size(12), found[size(12)]) == "c"
+    assert rule == (RULE[0], Bound("c", tokens=12, tokens_per_expert=16), *RULE[1:])
+
+
+def test_lines_that_do_nothing_are_left_out() -> None:
+    dead = (Bound("a", tokens=8), Bound("b", tokens=4), Bound("c", tokens_per_expert=3), Bound("c"))
+    assert tidied(dead) == (Bound("a", tokens=8), Bound("c"))
+    assert tidied(SHIPPED) == SHIPPED
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.data())
+def test_nothing_gets_slower_whatever_is_measured(data: st.DataObject) -> None:
+    tokens = data.draw(st.lists(st.sampled_from(list(FLAT)), min_size=2, max_size=6, unique=True))
+    time = st.floats(80, 120)
+    found = {
+        size(each): {kernel: data.draw(st.lists(time, min_size=3, max_size=3)) for kernel in "abcd"} for each in tokens
+    }
+    decision = decide(RULE, found)
+    assert decision.rule[-1] == Bound(decision.rule[-1].kernel)
+    for each, row in found.items():
+        before, after = serving(RULE, each, row), serving(decision.rule, each, row)
+        assert after == before or all(new < old for new, old in zip(row[after], row[before], strict=True))
+        assert after == before or gain(row, after, before) >= GAIN
+
+
+def test_sizes_lie_on_both_sides_of_each_border() -> None:
+    shape = models.model("20b").experts
+    tokens = [each.tokens for each in around(SHIPPED, "20b", shape, 8192)]
+    for bound in SHIPPED[:-1]:
+        border = min(bound.tokens, bound.tokens_per_expert * 8)
+        assert {border, border + 1} <= set(tokens), bound
+        assert any(0.6 * border < each < 0.9 * border for each in tokens)
+    assert tokens[:3] == [1, 2, 4] and tokens[-1] == 8192 and len(tokens) < 80
+
+
+# Where files are looked for.
+
+
+@pytest.fixture(autouse=True)
+def home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.setenv("XDG_CONFIG_HOME", str(tmp_path / "config"))
+    monkeypatch.setenv("MXFP4_SM120_CACHE_DIR", str(tmp_path / "cache"))
+    tuning._warn.cache_clear()
+    return tmp_path
+
+
+def own_file(contents: object) -> Path:
+    path = tuning.user_path(CARD)
+    assert path is not None
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(contents if isinstance(contents, str) else json.dumps(contents))
+    return path
+
+
+def find(family: Family = Family.NATIVE) -> tuning.Found:
+    def check(rule: tuning.Rule, name: str) -> None:
+        if any(bound.kernel == "no such kernel" for bound in rule):
+            raise ValueError(f"{name}: no such kernel")
+
+    return tuning.find(CARD, family, "v1", check)
+
+
+def test_the_users_file_comes_first() -> None:
+    assert find().path == config_path("tuning", "default.json") and find().rule == SHIPPED
+    path = own_file({"library": "v1", "rule": [{"kernel": "decode"}], "triton": "v0"})
+    assert find() == tuning.Found(path, (Bound("decode"),))
+    assert path.name == "NVIDIA_GeForce_RTX_5090.json"
+    assert find(Family.TRITON).path == config_path("tuning", "default.json") and find(Family.TRITON).ignored is None
+    assert path in tuning.files()  # so that a remembered proof ends when it changes
+
+
+@pytest.mark.parametrize(
+    ("contents", "why"),
+    [
+        (
+            {"library": "v0", "rule": [{"kernel": "decode"}]},
+            "tuned for another version of library (v0, this is v1)",
+        ),
+        ({"rule": [{"kernel": "decode"}]}, "was tuned for another version of library (None, this is v1)"),
+        ({"library": "v1", "rule": [{"kernel": "no such kernel"}]}, "no such kernel"),
+        ({"library": "v1", "rule": [{"kernel": "decode", "tokens": 8}]}, "the last line of its rule has a bound"),
+        ({"library": "v1", "rule": [{"kernel": "decode", "tokens": "8"}, {"kernel": "b"}]}, "numbers above 0"),
+        ({"library": "v1", "rule": 7}, "is no rule"),
+        ("[1]", "is no rule: it holds list, expected an object"),
+        ("{", "is no rule"),
+        ("[" * 100_000, "is no rule"),
+    ],
+)
+def test_a_users_file_that_does_not_fit_is_ignored_with_one_line(
+    contents: object, why: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    path = own_file(contents)
+    found = find()
+    assert found.path == config_path("tuning", "default.json")
+    assert why in found.ignored and str(path) in found.ignored and found.ignored.endswith(tuning.REMEDY)
+    with caplog.at_level(logging.WARNING, logger="vllm.mxfp4_sm120"):
+        assert tuning.say(found) == tuning.say(find()) == SHIPPED
+    assert [record.getMessage() for record in caplog.records] == [f"mxfp4_sm120: {found.ignored}"]
+
+
+def test_without_a_home_directory(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(tuning.platformdirs, "user_config_path", lambda *_, **__: Path("~/.config/x"))
+    assert tuning.user_path(CARD) is None and find().rule == SHIPPED and tuning.files()
+
+
+def test_triton_takes_the_tiles_that_it_took() -> None:
+    """Those of version 0.1.0, now data."""
+    rule = triton.rule_of(torch.device("cpu"))
+    expected = {16: (16, 64, 256, 4, 3), 16.1: (64, 128, 128, 4, 3), 64: (64, 128, 128, 4, 3), 65: (128, 128, 64, 4, 4)}
+    assert {average: triton.tiles_for(rule, 1, average) for average in expected} == {
+        average: Tiles(*tiles) for average, tiles in expected.items()
+    }
+
+
+def test_every_tile_has_a_name() -> None:
+    for name in " ".join(gpu.TRIED.values()).split():
+        assert str(Tiles.parse(name)) == name
+    for wrong in ("", "16x64", "16x64x256w4s3 ", "15x64x256w4s3", "16x64x256w0s3", "decode"):
+        with pytest.raises(ValueError, match="are no tiles: expected powers of two, such as 16x64x256w4s3"):
+            Tiles.parse(wrong)
+    with pytest.raises(ValueError, match=r"card\.json: decode are no tiles"):
+        triton.check((Bound("decode"),), "card.json")
+
+
+# The command, with times from here.
+
+
+class Clock:
+    """Kernel "b" is faster from 9 tokens on; `fails` by kernel, Ctrl-C after so many sizes."""
+
+    def __init__(self, stop_after: int = 1000, fails: dict[str, str] | None = None) -> None:
+        self.stop_after, self.fails, self.asked = stop_after, fails or {}, []
+
+    def __call__(self, family: Family, asked: Size, kernels: list[str]) -> Timed:
+        if len(self.asked) == self.stop_after:
+            raise KeyboardInterrupt
+        self.asked.append((family, asked.tokens))
+        microseconds = {kernel: 90.0 if kernel == "a" and asked.tokens > 8 else 100.0 for kernel in kernels}
+        return Timed(
+            {kernel: [time] * 5 for kernel, time in microseconds.items() if kernel not in self.fails},
+            {kernel: why for kernel, why in self.fails.items() if kernel in kernels},
+        )
+
+
+def jobs(version: str = "v1") -> list[Job]:
+    sizes = tuple(size(tokens) for tokens in (4, 8, 9, 12, 100))
+    return [
+        Job(Family.NATIVE, version, RULE, sizes, lambda asked: ["a", "b", "c", "d"]),
+        Job(Family.TRITON, "3.9", (Bound("t"),), sizes[:2], lambda asked: ["t", "u"]),
+    ]
+
+
+@pytest.fixture
+def here(monkeypatch: pytest.MonkeyPatch):
+    """Sets the clock for the next run."""
+
+    def use(clock: Clock, version: str = "v1") -> Clock:
+        monkeypatch.setattr(tune, "bench", lambda args: (CARD, jobs(version), clock))
+        return clock
+
+    return use
+
+
+def test_a_whole_run(here, capsys: pytest.CaptureFixture[str]) -> None:
+    clock = here(Clock(fails={"d": "wrong numbers: relative error 0.5, expected at most 0.01"}))
+    assert main(["tune"]) == 0
+    said = capsys.readouterr()
+    path = tuning.user_path(CARD)
+    written = json.loads(path.read_text())
+    assert written["for"] == CARD and written["library"] == "v1" and written["triton"] == "3.9"
+    assert written["rule"] == [
+        {"kernel": "a", "tokens": 100},
+        {"kernel": "b", "tokens_per_expert": 16},
+        {"kernel": "c"},
+    ]
+    assert written["triton_rule"] == [{"kernel": "t"}]
+    assert "20b, 9 tokens           b -> a, 1.111 times as fast" in said.out
+    assert "left out: d, 4 tokens of 20b: wrong numbers" in said.out and f"wrote {path}" in said.out
+    assert "triton 3.9: 2 sizes timed, 0 get another kernel" in said.out
+    assert "tuning done: 7 of 7 sizes" in said.err and len(clock.asked) == 7
+    found = tuning.find(CARD, Family.NATIVE, "v1", lambda *_: None)
+    assert found.path == path and serving(found.rule, size(12), {"a": 1, "b": 1}) == "a"
+    assert not list((path.parents[2] / "cache").rglob("*.json"))  # nothing is left to go on with
+    again = here(Clock())
+    assert main(["tune", "--json"]) == 0 and len(again.asked) == 7
+    report = json.loads(capsys.readouterr().out)
+    assert report["path"] == str(path) and report["families"]["library"]["changes"][0]["after"] == "a"
+
+
+def test_ctrl_c_and_on_from_there(here, home: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    here(Clock(stop_after=3))
+    assert main(["tune"]) == 130
+    said = capsys.readouterr()
+    assert said.out == "" and "tune: stopped; what was timed is kept in" in said.err
+    assert not tuning.user_path(CARD).exists() and len(list((home / "cache").rglob("*"))) == 2  # a folder, a file
+    clock = here(Clock())
+    assert main(["tune"]) == 0
+    assert [tokens for _, tokens in clock.asked] == [12, 100, 4, 8]
+    assert json.loads(tuning.user_path(CARD).read_text())["rule"]
+
+
+@pytest.mark.parametrize("why", ["other kernels", "--again", "damaged"])
+def test_what_was_timed_is_forgotten(why: str, here, home: Path) -> None:
+    here(Clock(stop_after=3))
+    assert main(["tune"]) == 130
+    [notes] = (home / "cache").rglob("*.json")
+    if why == "damaged":
+        notes.write_text("{")
+    clock = here(Clock(), "v2" if why == "other kernels" else "v1")
+    assert main(["tune", *([why] if why == "--again" else [])]) == 0
+    assert len(clock.asked) == 7
+
+
+def test_a_dry_run_writes_no_rule_and_keeps_the_times(here, capsys: pytest.CaptureFixture[str]) -> None:
+    here(Clock())
+    assert main(["tune", "--dry-run"]) == 0
+    assert f"would write {tuning.user_path(CARD)}" in capsys.readouterr().out
+    assert not tuning.user_path(CARD).parent.exists()
+    clock = here(Clock())
+    assert main(["tune"]) == 0 and clock.asked == [] and tuning.user_path(CARD).exists()
+
+
+def test_a_kernel_of_todays_rule_that_is_wrong(here, capsys: pytest.CaptureFixture[str]) -> None:
+    here(Clock(fails={"b": "wrong numbers: relative error 0.5, expected at most 0.01"}))
+    assert main(["tune"]) == 1
+    [line] = [line for line in capsys.readouterr().err.splitlines() if line.startswith("mxfp4-sm120 tune:")]
+    assert "b of today's rule fails, 4 tokens of 20b: wrong numbers" in line and "nothing was written" in line
+    assert not tuning.user_path(CARD).exists()
+
+
+@pytest.mark.parametrize(
+    ("card", "installed", "line"),
+    [
+        ("cpu", {}, "there is no NVIDIA GPU here, and nothing else to tune: run it on the machine that serves"),
+        ("RTX 5090", {"library": None}, f"nothing can be tuned: {NOT_BUILT}"),
+        ("RTX 5090", {"library": "stub"}, "nothing can be tuned: the CUDA library is a stub: run mxfp4-sm120 build"),
+        ("T4", {}, "nothing can be tuned: T4 (sm_75) has no BF16 tensor cores: a card of sm_80 or newer is needed"),
+    ],
+)
+def test_nothing_to_tune(card, installed, line, monkeypatch, capsys: pytest.CaptureFixture[str]) -> None:
+    install(monkeypatch, **installed)
+    monkeypatch.setattr(Machine, "here", lambda first_gpu: machine(card))
+    assert main(["tune"]) == 1
+    assert capsys.readouterr().err == f"mxfp4-sm120 tune: {line}\n"
+
+
+def test_a_folder_that_cannot_be_written(here, home: Path, monkeypatch, capsys: pytest.CaptureFixture[str]) -> None:
+    """It's said before anything is timed."""
+    clock = here(Clock())
+    monkeypatch.setattr(tune.os, "access", lambda path, mode: False)
+    assert main(["tune"]) == 1 and clock.asked == []
+    assert "can't be written: set XDG_CONFIG_HOME, or give --dry-run" in capsys.readouterr().err
+    monkeypatch.setattr(tuning.platformdirs, "user_config_path", lambda *_, **__: Path("~/.config/x"))
+    assert main(["tune"]) == 1 and "this user has no home directory to keep a rule in" in capsys.readouterr().err
+
+
+# What a GPU is asked.
+
+
+def test_kernels_within_their_limits(monkeypatch: pytest.MonkeyPatch) -> None:
+    install(monkeypatch)
+    table = [
+        library.Configuration("decode", 8192, 7168, 300_000, 1, 1),
+        library.Configuration("gathered", 64, 7168, 2**31 - 1, 1, 1),
+        library.Configuration("tokens24", 8192, 2048, 2**31 - 1, 1, 1),
+        *(library.Configuration(bound.kernel, 8192, 7168, 2**31 - 1, 1, 1) for bound in SHIPPED[3:]),
+    ]
+    monkeypatch.setattr(library, "configurations", lambda: table)
+    monkeypatch.setattr(native_tuning, "found", lambda card: tuning.Found(Path("x"), SHIPPED))
+    native, tiles = gpu.jobs(CARD, [models.model("20b")])
+    assert native.rule == SHIPPED and native.version == library.version()
+    assert native.kernels(size(26))[:3] == ["decode", "gathered", "tokens40"]  # 26 x 4 x 2880 values
+    assert native.kernels(size(27))[:2] == ["gathered", "tokens40"] and "gathered" not in native.kernels(size(65))
+    assert set(tiles.kernels(size(1))) >= {bound.kernel for bound in tiles.rule} and tiles.sizes[-1].tokens == 8192
+    assert "16x32x128w2s5" in tiles.kernels(size(1)) and "16x32x128w2s5" not in tiles.kernels(size(8192))
+
+
+@pytest.mark.usefixtures("one_thread")
+def test_only_right_answers_are_timed(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The clock of a GPU, here on a CPU with the tiny model and `tiled` in the kernels' place."""
+
+    def fixed(family: Family, sizes: models.Model, kernel: str):
+        def wrong(prepared, x, logits):
+            return Tiled(sizes.experts).forward_logits(prepared, x, logits) * 1.5
+
+        def raises(prepared, x, logits):
+            raise RuntimeError("out of resource: shared memory\nand more")
+
+        return {"wrong": wrong, "raises": raises}.get(kernel, Tiled(sizes.experts).forward_logits)
+
+    monkeypatch.setattr(gpu, "Native", Tiled)
+    monkeypatch.setattr(gpu, "_fixed", fixed)
+    monkeypatch.setattr(timing, "WARM_UPS", 0)
+    monkeypatch.setattr(gpu, "ROUNDS", 2)
+    monkeypatch.setattr(gpu, "REPLAYS", 1)
+    clock = gpu.OnGpu(torch.device("cpu"))
+    timed = clock(Family.NATIVE, Size("tiny", 3, 16, 4), ["x", "wrong", "y", "raises"])
+    assert list(timed.rounds) == ["x", "y"] and all(len(each) == gpu.ROUNDS for each in timed.rounds.values())
+    assert timed.failed["raises"] == "out of resource: shared memory"
+    assert timed.failed["wrong"] == "wrong numbers: relative error 0.5, expected at most 0.01"
+    assert json.loads(json.dumps(vars(timed))) == vars(timed)
+
+    def full(*arguments: object) -> None:
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate\nmore")
+
+    monkeypatch.setattr(measure, "checked", full)
+    monkeypatch.setattr(gpu, "checked", full)
+    with pytest.raises(RuntimeError, match=r"tiny, 3 tokens: CUDA out of memory.*; end what else uses"):
+        partial(clock, Family.NATIVE, Size("tiny", 3, 16, 4), ["x"])()

@@ -1,0 +1,153 @@
+# SPDX-License-Identifier: Apache-2.0
+"""`mxfp4-sm120 tune`: time this card's kernels around the borders of its rule, and move those that gain by it."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import sys
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from vllm_mxfp4_sm120 import platform, proof, selector
+from vllm_mxfp4_sm120.backends import tuning
+from vllm_mxfp4_sm120.backends.native import Native, library
+from vllm_mxfp4_sm120.backends.tuning import Rule
+from vllm_mxfp4_sm120.bench.models import Model, model
+from vllm_mxfp4_sm120.cache import cache_dir, make_folder
+from vllm_mxfp4_sm120.cli.progress import progress
+from vllm_mxfp4_sm120.tune import gpu, session
+from vllm_mxfp4_sm120.tune.decide import GAIN
+from vllm_mxfp4_sm120.tune.session import Job, Notebook, Outcome, Timer
+
+MODELS = ("20b", "120b")
+EXAMPLES = f"""examples:
+  mxfp4-sm120 tune
+  mxfp4-sm120 tune --model 20b --dry-run
+
+Every kernel is timed on both sides of each border of the rule that this card has now, in CUDA graphs over several
+layers' weights, in rounds in which all take turns; each answer is compared with float64 first. A call goes to another
+kernel only where that was at least {GAIN - 1:.0%} faster, and faster in every round. What is written holds from the
+next start on, for this version of the kernels. A run that was stopped goes on where it was.
+"""
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.formatter_class = argparse.RawDescriptionHelpFormatter
+    parser.epilog = EXAMPLES
+    parser.add_argument("--model", choices=MODELS, help="whose layer to time alone (default: both, for one rule)")
+    parser.add_argument("--dry-run", action="store_true", help="say what would be written, and don't write it")
+    parser.add_argument("--again", action="store_true", help="forget what an earlier run has timed")
+    parser.add_argument("--json", action="store_true", help="print the report as JSON")
+
+
+def run(args: argparse.Namespace) -> int:
+    """Returns 0, or 130 after Ctrl-C. Raises RuntimeError where there is nothing to tune, OSError, ValueError."""
+    card, jobs, timer = bench(args)
+    path = target(card) if not args.dry_run else tuning.user_path(card)
+    folder = cache_dir()
+    notes = Notebook(folder and folder / "tuning" / tuning.file_name(card), circumstances(card, jobs))
+    if args.again:
+        notes.forget()
+    try:
+        with progress("tuning", quiet=args.json, unit="sizes") as show:
+            outcomes = session.run(jobs, timer, notes, show)
+    except KeyboardInterrupt:
+        kept = f"what was timed is kept in {notes.path}, the same command goes on from there" if notes.path else ""
+        print(f"mxfp4-sm120 tune: stopped; {kept or 'nothing was kept'}", file=sys.stderr)
+        return 130
+    if not args.dry_run and path is not None:
+        session.write(path, card, measured(args), outcomes)
+        notes.forget()
+    if args.json:
+        print(json.dumps(report(card, None if args.dry_run else path, outcomes), indent=1))
+    else:
+        print("\n".join(lines(outcomes)))
+        print(f"would write {path}" if args.dry_run else f"wrote {path}: the next start takes it")
+    return 0
+
+
+def bench(args: argparse.Namespace) -> tuple[str, list[Job], Timer]:
+    """This card's name, what there is to tune, and who takes the time. Raises RuntimeError for a machine without."""
+    machine = selector.this_machine()
+    models: list[Model] = [model(name) for name in ([args.model] if args.model else MODELS)]
+    if machine.capability is None:
+        raise RuntimeError("there is no NVIDIA GPU here, and nothing else to tune: run it on the machine that serves")
+    reason = machine.why_unsupported() or Native.why_not(machine, models[0].experts)
+    if reason is None and library.load() == "stub":
+        reason = f"the CUDA library is a stub: {library.REMEDY}"
+    if reason is not None:
+        raise RuntimeError(f"nothing can be tuned: {reason}")
+    return machine.name, gpu.jobs(machine.name, models), gpu.OnGpu(proof.device(machine))
+
+
+def target(card: str) -> Path:
+    """The file to write, once its folder is there. Raises RuntimeError, OSError: before anything is timed."""
+    path = tuning.user_path(card)
+    if path is None:
+        raise RuntimeError("this user has no home directory to keep a rule in: set XDG_CONFIG_HOME, or give --dry-run")
+    make_folder(path.parent)
+    if not os.access(path.parent, os.W_OK):
+        raise PermissionError(f"{path.parent} can't be written: set XDG_CONFIG_HOME, or give --dry-run")
+    return path
+
+
+def circumstances(card: str, jobs: Sequence[Job]) -> dict[str, Any]:
+    """What times depend on."""
+    versions = {job.family.value: job.version for job in jobs}
+    return {"card": card, "driver": platform.driver(), "torch": torch.__version__, **versions}
+
+
+def measured(args: argparse.Namespace) -> str:
+    """How, for the file."""
+    models = [args.model] if args.model else list(MODELS)
+    return f"mxfp4-sm120 tune, layers of gpt-oss-{' and gpt-oss-'.join(models)}, torch {torch.__version__}"
+
+
+def lines(outcomes: Sequence[Outcome]) -> Iterator[str]:
+    """The report for people."""
+    for outcome in outcomes:
+        job, decision = outcome.job, outcome.decision
+        yield f"{job.family} {job.version}: {len(job.sizes)} sizes timed, {len(decision.changes)} get another kernel"
+        for change in decision.changes:
+            size = f"{change.size.model}, {change.size.tokens} tokens"
+            yield f"  {size:24}{change.before} -> {change.after}, {change.gain:.3f} times as fast"
+        for kernel, why in outcome.failed.items():
+            yield f"  left out: {kernel}, {why}"
+        if decision.changes:
+            yield from (f"  {text}" for text in rule_lines(decision.rule))
+        else:
+            yield f"  no other kernel is {GAIN - 1:.0%} faster anywhere: the rule stays as it is"
+
+
+def rule_lines(rule: Rule) -> Iterator[str]:
+    """A rule in words."""
+    for bound in rule:
+        limits = [f"{value:g} {name.replace('_', ' ')}" for name, value in bound.as_json().items() if name != "kernel"]
+        yield f"{bound.kernel} for up to {' and '.join(limits)}" if limits else f"{bound.kernel} for all others"
+
+
+def report(card: str, path: Path | None, outcomes: Sequence[Outcome]) -> Mapping[str, Any]:
+    """What `--json` prints; `path` is what was written."""
+    return {
+        "card": card,
+        "path": path and str(path),
+        "families": {
+            outcome.job.family: {
+                "version": outcome.job.version,
+                "before": [bound.as_json() for bound in outcome.job.rule],
+                "after": [bound.as_json() for bound in outcome.decision.rule],
+                "sizes": len(outcome.job.sizes),
+                "changes": [
+                    vars(change) | {"size": {"model": change.size.model, "tokens": change.size.tokens}}
+                    for change in outcome.decision.changes
+                ],
+                "failed": outcome.failed,
+            }
+            for outcome in outcomes
+        },
+    }

@@ -1,0 +1,150 @@
+# SPDX-License-Identifier: Apache-2.0
+"""One run of `tune`: time what hasn't been timed, keep it, decide, write the card's file."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from vllm_mxfp4_sm120.backends.tuning import Family, Rule
+from vllm_mxfp4_sm120.cache import make_folder
+from vllm_mxfp4_sm120.drafts import draft_of
+from vllm_mxfp4_sm120.tune.decide import Decision, decide
+from vllm_mxfp4_sm120.tune.sizes import Size
+
+Show = Callable[[str, int, int], None]
+
+
+@dataclass(frozen=True)
+class Timed:
+    """Of one size: microseconds of each round by kernel, and why kernels that failed did."""
+
+    rounds: dict[str, list[float]]
+    failed: dict[str, str] = field(default_factory=dict)
+
+
+Timer = Callable[[Family, Size, Sequence[str]], Timed]
+
+
+@dataclass(frozen=True)
+class Job:
+    """One family of kernels: today's rule, the sizes to time, and which kernels can take each."""
+
+    family: Family
+    version: str
+    rule: Rule
+    sizes: tuple[Size, ...]
+    kernels: Callable[[Size], Sequence[str]]
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What became of a job; `failed` kernels are in no rule."""
+
+    job: Job
+    decision: Decision
+    failed: dict[str, str]
+
+
+class Notebook:
+    """Keeps what was timed in a file, so that a run that was stopped goes on; None keeps nothing.
+
+    `circumstances` are what times depend on: card, driver, versions. Notes of others are thrown away.
+    """
+
+    def __init__(self, path: Path | None, circumstances: Mapping[str, Any]) -> None:
+        self.path, self.circumstances = path, dict(circumstances)
+        self.notes: dict[str, dict[str, Any]] = {}
+        try:
+            kept = json.loads(path.read_text()) if path is not None else {}
+            if kept.get("circumstances") == self.circumstances:
+                self.notes = kept["notes"]
+        except (OSError, ValueError, KeyError, AttributeError):  # none, or damaged: as if nothing had been timed
+            pass
+
+    def read(self, family: Family, size: Size, kernels: Sequence[str]) -> Timed | None:
+        """What was timed of just these kernels."""
+        note = self.notes.get(_name(family, size))
+        if note is None or {*note["rounds"], *note["failed"]} != set(kernels):
+            return None
+        return Timed(note["rounds"], note["failed"])
+
+    def write(self, family: Family, size: Size, timed: Timed) -> None:
+        """Whole or not at all. Raises OSError."""
+        self.notes[_name(family, size)] = vars(timed)
+        if self.path is not None:
+            make_folder(self.path.parent)
+            with draft_of(self.path) as draft:
+                draft.write_text(json.dumps({"circumstances": self.circumstances, "notes": self.notes}))
+
+    def forget(self) -> None:
+        """All of it."""
+        self.notes = {}
+        if self.path is not None:
+            self.path.unlink(missing_ok=True)
+
+
+def run(jobs: Sequence[Job], timer: Timer, notebook: Notebook, show: Show) -> list[Outcome]:
+    """Time and decide. Raises RuntimeError for a kernel of today's rule that doesn't compute what it should."""
+    total, done = sum(len(job.sizes) for job in jobs), 0
+    outcomes = []
+    for job in jobs:
+        times: dict[Size, dict[str, list[float]]] = {}
+        failed: dict[str, str] = {}
+        for size in job.sizes:
+            show(f"{job.family} {size.model}, {size.tokens} tokens", done, total)
+            kernels = [kernel for kernel in job.kernels(size) if kernel not in failed]
+            timed = notebook.read(job.family, size, kernels)
+            if timed is None:
+                timed = timer(job.family, size, kernels)
+                notebook.write(job.family, size, timed)
+            times[size] = timed.rounds
+            failed |= {kernel: f"{size.tokens} tokens of {size.model}: {why}" for kernel, why in timed.failed.items()}
+            expect_sound(job, failed)
+            done += 1
+        for kernel in failed:  # what is wrong once is in no rule
+            for rounds in times.values():
+                rounds.pop(kernel, None)
+        outcomes.append(Outcome(job, decide(job.rule, times), failed))
+    show("done", total, total)
+    return outcomes
+
+
+def expect_sound(job: Job, failed: Mapping[str, str]) -> None:
+    """Raises RuntimeError where a kernel of today's rule is among the failed."""
+    for bound in job.rule:
+        if bound.kernel in failed:
+            raise RuntimeError(
+                f"{bound.kernel} of today's rule fails, {failed[bound.kernel]}; "
+                "nothing was written, MXFP4_SM120_BACKEND names a backend that serves without it"
+            )
+
+
+def write(path: Path, card: str, measured: str, outcomes: Sequence[Outcome]) -> None:
+    """The card's file, whole or not at all. Raises OSError."""
+    contents: dict[str, Any] = {"for": card, "measured": measured}
+    for outcome in outcomes:
+        family = outcome.job.family
+        contents[family] = outcome.job.version
+        contents[family.key] = [bound.as_json() for bound in outcome.decision.rule]
+    make_folder(path.parent)
+    with draft_of(path) as draft:
+        draft.write_text(_pretty(contents))
+
+
+def _pretty(contents: Mapping[str, Any]) -> str:
+    """JSON with a line for each line of a rule."""
+    lines = []
+    for name, value in contents.items():
+        text = json.dumps(value)
+        if isinstance(value, list):
+            text = "[\n" + ",\n".join(f"    {json.dumps(each)}" for each in value) + "\n  ]"
+        lines.append(f"  {json.dumps(name)}: {text}")
+    return "{\n" + ",\n".join(lines) + "\n}\n"
+
+
+def _name(family: Family, size: Size) -> str:
+    return f"{family} {size.model} {size.tokens}"
