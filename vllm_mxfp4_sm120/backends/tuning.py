@@ -106,15 +106,14 @@ def find(card: str, family: Family, version: str, check: Callable[[Rule, str], N
                 check(rule, path.name)
                 return Found(path, rule)
             if family.key in contents:
-                ignored = (
-                    f"{path} was tuned for another version of {family} ({contents.get(family)}, this is {version})"
-                )
+                versions = f"{contents.get(family)}, this is {version}"
+                ignored = f"{path} was tuned for another version of {family} ({versions}): {REMEDY}"
     except (OSError, ValueError) as error:
-        ignored = f"{path} can't be used: {error}"
+        ignored = f"{path} can't be used: {error}: {REMEDY}"
     shipped = shipped_path(card)
     rule = read(shipped, family)
     check(rule, shipped.name)
-    return Found(shipped, rule, ignored and f"{ignored}: {REMEDY}")
+    return Found(shipped, rule, ignored)
 
 
 def say(found: Found) -> Rule:

@@ -57,8 +57,10 @@ def run(args: argparse.Namespace) -> int:
         with progress("tuning", quiet=args.json, unit="sizes") as show:
             outcomes = session.run(jobs, timer, notes, show)
     except KeyboardInterrupt:
-        kept = f"what was timed is kept in {notes.path}, the same command goes on from there" if notes.path else ""
-        print(f"mxfp4-sm120 tune: stopped; {kept or 'nothing was kept'}", file=sys.stderr)
+        kept = "nothing was kept"
+        if notes.path is not None:
+            kept = f"what was timed is kept in {notes.path}, the same command goes on from there"
+        print(f"mxfp4-sm120 tune: stopped; {kept}", file=sys.stderr)
         return 130
     if not args.dry_run and path is not None:
         session.write(path, card, measured(args), outcomes)

@@ -1,0 +1,106 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Whose rule is used: the user's own file before the shipped one, if it fits, and what a rule may say."""
+
+from __future__ import annotations
+
+import json
+import logging
+from pathlib import Path
+
+import pytest
+import torch
+
+from vllm_mxfp4_sm120 import config_path
+from vllm_mxfp4_sm120.backends import triton, tuning
+from vllm_mxfp4_sm120.backends.triton import Tiles
+from vllm_mxfp4_sm120.backends.tuning import Bound, Family
+from vllm_mxfp4_sm120.tune import gpu
+
+CARD = "NVIDIA GeForce RTX 5090"
+SHIPPED = tuning.read(config_path("tuning", "default.json"))
+
+
+@pytest.fixture(autouse=True)
+def home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.setenv("XDG_CONFIG_HOME", str(tmp_path / "config"))
+    monkeypatch.setenv("MXFP4_SM120_CACHE_DIR", str(tmp_path / "cache"))
+    tuning._warn.cache_clear()
+    return tmp_path
+
+
+def own_file(contents: object) -> Path:
+    path = tuning.user_path(CARD)
+    assert path is not None
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(contents if isinstance(contents, str) else json.dumps(contents))
+    return path
+
+
+def find(family: Family = Family.NATIVE) -> tuning.Found:
+    def check(rule: tuning.Rule, name: str) -> None:
+        if any(bound.kernel == "no such kernel" for bound in rule):
+            raise ValueError(f"{name}: no such kernel")
+
+    return tuning.find(CARD, family, "v1", check)
+
+
+def test_the_users_file_comes_first() -> None:
+    assert find().path == config_path("tuning", "default.json") and find().rule == SHIPPED
+    path = own_file({"library": "v1", "rule": [{"kernel": "decode"}], "triton": "v0"})
+    assert find() == tuning.Found(path, (Bound("decode"),))
+    assert path.name == "NVIDIA_GeForce_RTX_5090.json"
+    assert find(Family.TRITON).path == config_path("tuning", "default.json") and find(Family.TRITON).ignored is None
+    assert path in tuning.files()  # so that a remembered proof ends when it changes
+
+
+@pytest.mark.parametrize(
+    ("contents", "why"),
+    [
+        (
+            {"library": "v0", "rule": [{"kernel": "decode"}]},
+            "tuned for another version of library (v0, this is v1)",
+        ),
+        ({"rule": [{"kernel": "decode"}]}, "was tuned for another version of library (None, this is v1)"),
+        ({"library": "v1", "rule": [{"kernel": "no such kernel"}]}, "no such kernel"),
+        ({"library": "v1", "rule": [{"kernel": "decode", "tokens": 8}]}, "the last line of its rule has a bound"),
+        ({"library": "v1", "rule": [{"kernel": "decode", "tokens": "8"}, {"kernel": "b"}]}, "numbers above 0"),
+        ({"library": "v1", "rule": 7}, "is no rule"),
+        ("[1]", "is no rule: it holds list, expected an object"),
+        ("{", "is no rule"),
+        ("[" * 100_000, "is no rule"),
+    ],
+)
+def test_a_users_file_that_does_not_fit_is_ignored_with_one_line(
+    contents: object, why: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    path = own_file(contents)
+    found = find()
+    assert found.path == config_path("tuning", "default.json")
+    assert why in found.ignored and str(path) in found.ignored and found.ignored.endswith(tuning.REMEDY)
+    with caplog.at_level(logging.WARNING, logger="vllm.mxfp4_sm120"):
+        assert tuning.say(found) == tuning.say(find()) == SHIPPED
+    assert [record.getMessage() for record in caplog.records] == [f"mxfp4_sm120: {found.ignored}"]
+
+
+def test_without_a_home_directory(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(tuning.platformdirs, "user_config_path", lambda *_, **__: Path("~/.config/x"))
+    assert tuning.user_path(CARD) is None and find().rule == SHIPPED and tuning.files()
+
+
+def test_triton_takes_the_tiles_that_it_took() -> None:
+    """Those of version 0.1.0, now data."""
+    rule = triton.rule_of(torch.device("cpu"))
+    expected = {16: (16, 64, 256, 4, 3), 16.1: (64, 128, 128, 4, 3), 64: (64, 128, 128, 4, 3), 65: (128, 128, 64, 4, 4)}
+    assert {average: triton.tiles_for(rule, 1, average) for average in expected} == {
+        average: Tiles(*tiles) for average, tiles in expected.items()
+    }
+
+
+def test_every_tile_has_a_name() -> None:
+    for name in " ".join(gpu.TRIED.values()).split():
+        assert str(Tiles.parse(name)) == name
+    for wrong in ("", "16x64", "16x64x256w4s3 ", "15x64x256w4s3", "16x64x256w0s3", "decode"):
+        with pytest.raises(ValueError, match="are no tiles: expected powers of two, such as 16x64x256w4s3"):
+            Tiles.parse(wrong)
+    with pytest.raises(ValueError, match=r"card\.json: decode are no tiles"):
+        triton.check((Bound("decode"),), "card.json")
