@@ -187,7 +187,7 @@ def test_what_a_walk_leaves_unwritten_is_noticed() -> None:
     """A kernel that writes half of its output, into memory where the right answer of an earlier call still lies."""
     right = torch.randn(4, 8)
     kept = right.clone()
-    lazy = timing.Walk(lambda: kept[:2].copy_(right[:2]), 1, lambda: [kept])
+    lazy = timing.Walk(lambda: kept[:2].copy_(right[:2]), 1, [kept])
     judge = models.Judge(torch.tensor([0, 1]), right[:2].double())
     with pytest.raises(measure.Wrong, match="relative error nan"):
         measure.checked(lazy, judge, 1e-2)

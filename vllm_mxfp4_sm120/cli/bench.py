@@ -8,6 +8,7 @@ import json
 import shlex
 import sys
 from collections.abc import Sequence
+from contextlib import redirect_stdout
 from pathlib import Path
 
 import torch
@@ -61,7 +62,8 @@ def run(args: argparse.Namespace) -> int:
     if reason := machine.why_unsupported():
         raise RuntimeError(reason)
     try:
-        rates, tables = examine(args, machine, layers, wanted, tokens)
+        with redirect_stdout(sys.stderr):  # what libraries print; stdout is for the report
+            rates, tables = examine(args, machine, layers, wanted, tokens)
     except KeyboardInterrupt:
         print("mxfp4-sm120 bench: stopped, nothing was written", file=sys.stderr)
         return 130
@@ -88,6 +90,8 @@ def examine(
     with progress("measuring", quiet=args.json, unit="sizes") as step:
         step("the machine", 0, 1)
         device = proof.device(machine)
+        if not on_cpu:
+            torch.cuda.set_device(device)
         rates = limits.measured(device)
         bench = Bench(machine, device, rates, where(machine), command(args), step)
         tables = []
