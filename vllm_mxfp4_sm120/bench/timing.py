@@ -57,6 +57,7 @@ def walk_over(layers: Sequence[Callable[[], Tensor]], walks: int = 1, capture: b
     with torch.cuda.stream(stream):
         run()
     torch.cuda.synchronize()
+    outputs.clear()
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph, pool=_first_graph(torch.cuda.current_device()).pool()):
         run()
