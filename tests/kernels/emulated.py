@@ -4,18 +4,24 @@
 from __future__ import annotations
 
 import ctypes
+import hashlib
 import shutil
 import subprocess
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from tempfile import TemporaryDirectory
 
 import torch
+from filelock import FileLock
 from torch import Tensor
 
 from vllm_mxfp4_sm120.backends.native.layout import tile_experts
 from vllm_mxfp4_sm120.moe import Activation, MoEShape, MoEWeights
 
 EMULATOR = Path(__file__).with_name("emulator")
-CSRC = Path(__file__).parents[2] / "kernels" / "csrc"
+ROOT = Path(__file__).parents[2]
+CSRC = ROOT / "kernels" / "csrc"
+BUILT = ROOT / "build" / "emulated"
 
 
 def sources(csrc: Path = CSRC) -> list[Path]:
@@ -24,30 +30,47 @@ def sources(csrc: Path = CSRC) -> list[Path]:
     return [path for path in files if path.stem not in ("cutlass_sm120", "flashinfer_sm120")]
 
 
-def build(directory: Path, csrc: Path = CSRC, arch: int = 800) -> ctypes.CDLL:
-    """Compile the kernels for the emulator, in `directory`, as for a card of that __CUDA_ARCH__."""
-    for path in sources(csrc):
-        copy = directory / path.relative_to(csrc)
-        copy.parent.mkdir(exist_ok=True)
-        shutil.copy(path, copy)
-    for path in EMULATOR.iterdir():
-        shutil.copy(path, directory)
-    (directory / "ptx.cuh").rename(directory / "common" / "ptx.cuh")  # in place of the kernels'
-    compilers = []
-    for source in (*directory.rglob("*.cu"), directory / "entry.cpp"):
-        command = ["g++", "-std=c++17", "-O2", "-fPIC", "-w", f"-I{directory}", f"-D__CUDA_ARCH__={arch}"]
-        command += ["-x", "c++", "-c", source, "-o", directory / f"{source.stem}.o"]
-        compilers.append(subprocess.Popen(command, stderr=subprocess.PIPE, text=True))
-    for compiler in compilers:
-        _, errors = compiler.communicate()
-        assert compiler.returncode == 0, errors
-    library = directory / "emulated.so"
-    subprocess.run(["g++", "-shared", "-o", library, *directory.glob("*.o")], check=True)
+def build(csrc: Path = CSRC, arch: int = 800) -> ctypes.CDLL:
+    """The kernels compiled for the emulator, as for a card of that __CUDA_ARCH__.
+
+    Once, for all processes and all runs: the file's name says what it was compiled from, and by what.
+    """
+    files = {path.relative_to(csrc): path for path in sources(csrc)}
+    files |= {path.relative_to(EMULATOR): path for path in EMULATOR.iterdir()}
+    files[Path("common/ptx.cuh")] = files.pop(Path("ptx.cuh"))  # in place of the kernels'
+    compiler = ["g++", "-std=c++17", "-O2", "-fPIC", "-w", f"-D__CUDA_ARCH__={arch}"]
+    digest = hashlib.sha256(repr(compiler).encode() + subprocess.check_output(["g++", "--version"]))
+    for name, path in sorted(files.items()):
+        digest.update(f"{name}\0".encode() + path.read_bytes())
+    BUILT.mkdir(parents=True, exist_ok=True)
+    library = BUILT / f"{digest.hexdigest()[:32]}.so"
+    with FileLock(library.with_suffix(".lock")):
+        if not library.exists():
+            with TemporaryDirectory(dir=BUILT) as directory:
+                compile_files(files, compiler, Path(directory)).rename(library)
     built = ctypes.CDLL(str(library))
     check_layout(built, MoeArgs, "MOE_ARGS")
     check_layout(built, RouterArgs, "ROUTER_ARGS")
     check_layout(built, DenseArgs, "DENSE_ARGS")
     return built
+
+
+def compile_files(files: Mapping[Path, Path], compiler: Sequence[str], directory: Path) -> Path:
+    """The library, in `directory`, of files by the names that they are included by. AssertionError: what g++ said."""
+    for name, path in files.items():
+        copy = directory / name
+        copy.parent.mkdir(exist_ok=True)
+        shutil.copy(path, copy)
+    running = []
+    for source in (*directory.rglob("*.cu"), directory / "entry.cpp"):
+        command = [*compiler, f"-I{directory}", "-x", "c++", "-c", source, "-o", directory / f"{source.stem}.o"]
+        running.append(subprocess.Popen(command, stderr=subprocess.PIPE, text=True))
+    for process in running:
+        _, errors = process.communicate()
+        assert process.returncode == 0, errors
+    library = directory / "emulated.so"
+    subprocess.run(["g++", "-shared", "-o", library, *directory.glob("*.o")], check=True)
+    return library
 
 
 class MoeArgs(ctypes.Structure):
