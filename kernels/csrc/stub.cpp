@@ -54,10 +54,9 @@ const std::vector<Configuration>& configurations() {
 }
 
 const std::vector<DenseConfiguration>& dense_configurations() {
-  static const std::vector<DenseConfiguration> table = {
-      {"bf16_zeros", false, 16, 32, {0, 0}, no_bytes, dense_zeros},
-      {"int8_zeros", true, 16, 32, {0, 0}, no_bytes, dense_zeros},
-      {"int8_zeros64", true, 64, 64, {0, 0}, no_bytes, dense_zeros}};
+  static const std::vector<DenseConfiguration> table = {{"bf16_zeros", false, 16, 32, {0, 0}, no_bytes, dense_zeros},
+                                                        {"int8_zeros", true, 16, 32, {0, 0}, no_bytes, dense_zeros},
+                                                        {"int8_zeros64", true, 64, 64, {0, 0}, no_bytes, dense_zeros}};
   return table;
 }
 

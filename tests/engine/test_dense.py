@@ -46,7 +46,7 @@ def test_what_int8_excludes_is_refused_before_a_weight_is_read(tiny: Path, optio
 
 # The kernels where no GPU is: fake_dense.py.
 ENGINES = {
-    "bf16, compiled": ("bf16", True, {}),
+    "bf16": ("bf16", True, {"enforce_eager": True}),
     "int8, compiled": ("int8", True, {}),
     "int8, tensor parallel": ("int8", False, {"enforce_eager": True, "tensor_parallel_size": 2}),
 }
@@ -63,13 +63,9 @@ def test_answers_are_those_of_the_weights(
     log = (tmp_path / "engine.log").read_text()
     assert ("dense layers in INT8" in log) == (kind == "int8")
     if kernels:
-        called = {
-            (shape, int(tokens)) for tokens, shape in re.findall(r"fake_dense: (\d+) tokens of (\(.*?\)) by", log)
-        }
-        assert len({shape for shape, _ in called}) == 3, "qkv_proj, o_proj and lm_head"
-        assert {tokens for _, tokens in called} <= {5, 6, 7, 8}
-        assert re.search(
-            rf"qkv_proj \d+x\d+ {kind} by {kind}_fake at 5 to 8 tokens \(9.0 us there, torch 12.0\); else", log
-        )
+        called = re.findall(r"fake_dense: (\d+) tokens of (.*)", log)
+        # qkv_proj and lm_head have one shape here, but only one of them has a bias.
+        assert len({layer for _, layer in called}) == 3 and {int(tokens) for tokens, _ in called} <= {5, 6, 7, 8}
+        assert f"{kind} by {kind}_fake at 5 to 8 tokens (9.0 us there, torch 12.0); else torch's linear" in log
     else:
-        assert f"lm_head 320x64 {kind} by torch's linear: it needs an NVIDIA GPU" in log
+        assert f"{kind} by torch's linear: it needs an NVIDIA GPU" in log

@@ -98,7 +98,7 @@ class DenseArgs(ctypes.Structure):
     """DenseArgs of dense/dense.h."""
 
     _fields_ = (
-        *((name, ctypes.c_void_p) for name in ("x", "weight", "scale", "bias", "out")),
+        *((name, ctypes.c_void_p) for name in ("x", "weight", "scale", "bias", "out", "partial")),
         *((name, ctypes.c_int) for name in ("M", "N", "K")),
     )
 
@@ -211,7 +211,8 @@ def dense(
     x, weight = aligned(x), aligned(weight)
     out = torch.full((x.shape[0], weight.shape[0]), torch.nan, dtype=torch.bfloat16)
     library.dense.restype = ctypes.c_char_p
-    args = DenseArgs(*map(pointer, (x, weight, scale, bias, out)), x.shape[0], *weight.shape)
+    args = DenseArgs(*map(pointer, (x, weight, scale, bias, out)), None, x.shape[0], *weight.shape)
     error = library.dense(ctypes.byref(args), config)
     assert error is None, error
+    assert library.early_loads() == 0, "shared memory is read while copies to it are under way"
     return out

@@ -142,7 +142,7 @@ def linears(machine: Machine, prove: bool) -> dict[str, str]:
     """By layer, the same in all MODELS: which linear answers at which sizes, and why."""
     kind = settings.DENSE.get()
     if kind == "off":
-        return {"linear layers": f"torch's ({settings.DENSE.name} is off)"}
+        return {"linear layers": "vLLM's own (dense is off)"}
     layers = plan.shapes(published_config(MODELS[0]), 1, kind == "int8")
     made = plan.make(layers, machine, prove)
     return {f"{name} {shape}": made.text(shape) for name, shape in layers.items()}

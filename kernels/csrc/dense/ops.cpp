@@ -17,7 +17,8 @@ const DenseConfiguration& chosen(int64_t config, bool int8, const DenseArgs& arg
   const auto& table = dense_configurations();
   if (config == FIRST_FIT) return first_fit(int8, args.M, args.K);
   if (config < 0 || config >= static_cast<int64_t>(table.size()))
-    refuse("config", " is ", config, ", expected 0 to ", table.size() - 1, ", or ", FIRST_FIT, " for the first that fits");
+    refuse("config", " is ", config, ", expected 0 to ", table.size() - 1, ", or ", FIRST_FIT,
+           " for the first that fits");
   const std::string why = why_not(table[config], int8, args.K);
   if (!why.empty()) refuse("config", " is ", config, ", expected another: ", why);
   return table[config];

@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
-// y = x . weight^T + bias for 17 tokens and more. In linear.cu each block reads all tokens from the L2 cache, and from
-// some 32 on, that is more than its weights are. Here a block takes more rows and, to be as many blocks as there are
-// multiprocessors, part of K, and its warps share what it reads by way of shared memory:
+// y = x . weight^T + bias, above all for 17 tokens and more. In linear.cu each block reads all tokens from the L2
+// cache, and from some 32 on, that is more than its weights are. Here a block takes more rows and, to be as many blocks
+// as there are multiprocessors, part of K, and its warps share what it reads by way of shared memory:
 //
 //                     K, split in 3                     gridDim.x shares of the rows, as in linear.cu
 //               +---------+---------+---------+
@@ -15,10 +15,11 @@
 //      scales    [row][of the first and of the second half]           512
 //      tokens    [half step][token][64 bytes]                        8192
 //
-// Products are m16n8k16 with 16 weight rows as A and 8 tokens as B. Which k a product's k means is free, as long as both
-// sides agree: lane 4g + q takes the eight adjacent k from 8q on of a half step, of rows g and g + 8 and of token g, by
-// one load each, the first four of them for the half step's first product. So all k of two products have the same INT8
-// scale: the products are of whole numbers, exact in BF16, and the FP32 sum of 32 of them is scaled, not each weight.
+// Products are m16n8k16 with 16 weight rows as A and 8 tokens as B. Which k a product's k means is free, as long as
+// both sides agree: lane 4g + q takes the eight adjacent k from 8q on of a half step, of rows g and g + 8 and of token
+// g, by one load each, the first four of them for the half step's first product. So all k of two products have the same
+// INT8 scale: the products are of whole numbers, exact in BF16, and the FP32 sum of 32 of them is scaled, not each
+// weight.
 //
 // Same bits every run on a card; how K is split depends on the number of multiprocessors.
 #include <algorithm>
@@ -33,7 +34,7 @@ namespace mxfp4_sm120 {
 namespace dense {
 namespace {
 
-constexpr int STEP = 64, HALF = 32;  // k of a stage, and of a scale
+constexpr int STEP = 64, HALF = 32;   // k of a stage, and of a scale
 constexpr int TOKEN_HALF = 2 * HALF;  // bytes of a token in a half step
 
 // A lane's part of 16 weight rows in a half step: A of its two products.
@@ -79,16 +80,17 @@ struct Tile {
   static constexpr int STAGE_BYTES = X + 2 * TOKENS * TOKEN_HALF, BYTES = STAGES * STAGE_BYTES;
   // Copies of 16 bytes: of a row and of a token in a stage, and a thread's.
   static constexpr int ROW_CHUNKS = 2 * ROW_HALF / 16, TOKEN_CHUNKS = 2 * TOKEN_HALF / 16;
-  static constexpr int ROW_COPIES = ROWS * ROW_CHUNKS / THREADS, TOKEN_COPIES = TOKENS * TOKEN_CHUNKS / THREADS;
+  static constexpr int ROW_COPIES = ROWS * ROW_CHUNKS / THREADS;
+  static constexpr int TOKEN_COPIES = (TOKENS * TOKEN_CHUNKS + THREADS - 1) / THREADS;
   static_assert(BYTES <= MAX_SHARED_BYTES && STAGE_BYTES % 16 == 0 && STAGES >= 3);
-  static_assert(ROWS * ROW_CHUNKS % THREADS == 0 && TOKENS * TOKEN_CHUNKS % THREADS == 0 && ROWS <= THREADS);
+  static_assert(ROWS * ROW_CHUNKS % THREADS == 0 && ROWS <= THREADS);
 };
 
 // How a call is shared between blocks.
 struct Split {
-  int parts;        // of K
-  int row_blocks;   // shares of the rows
-  int64_t stride;   // floats of a token's partial sums
+  int parts;       // of K
+  int row_blocks;  // shares of the rows
+  int64_t stride;  // floats of a token's partial sums
 };
 
 // Copies to the ring, a stage at a time: along the block's part of K, then the next pass of its rows. Past the last,
@@ -98,9 +100,9 @@ struct Loader {
   using Weights = typename T::Weights;
   const DenseArgs& args;
   const Rows& rows;
-  int begin, end;               // the block's steps along K
-  int first_token, tokens;      // and its tokens
-  int row, step;                // of the next stage
+  int begin, end;           // the block's steps along K
+  int first_token, tokens;  // and its tokens
+  int row, step;            // of the next stage
 
   __device__ __forceinline__ Loader(const DenseArgs& args, const Rows& rows, int parts) : args(args), rows(rows) {
     const int part = blockIdx.y % parts, steps = args.K / STEP;
@@ -135,6 +137,7 @@ struct Loader {
     for (int i = 0; i < T::TOKEN_COPIES; ++i) {
       const int chunk = threadIdx.x + i * T::THREADS, t = chunk / T::TOKEN_CHUNKS, part = chunk % T::TOKEN_CHUNKS;
       constexpr int OF_HALF = T::TOKEN_CHUNKS / 2;
+      if (t >= T::TOKENS) continue;  // of 16 tokens, where half of the threads copy
       cp_async16_if(t < tokens && row < rows.end,
                     stage + T::X + (part / OF_HALF * T::TOKENS + t) * TOKEN_HALF + part % OF_HALF * 16,
                     static_cast<const uint16_t*>(args.x) + static_cast<int64_t>(first_token + t) * args.K +
@@ -190,7 +193,7 @@ __device__ __forceinline__ void multiply(Accumulators<T>& acc, uint32_t stage) {
 #pragma unroll
       for (int m = 0; m < T::ROW_TILES; ++m) {
         const auto& a = w[m].a;
-        float(&sum)[4] = acc[m][n];
+        float (&sum)[4] = acc[m][n];
         if constexpr (T::Weights::INT8) {
           float of_scale[4];
           mma_bf16_of_zero(of_scale, a[0][0], a[0][1], a[0][2], a[0][3], x.x, x.y);
@@ -345,8 +348,8 @@ const char* launch(const DenseArgs& args, const Device& device, void* stream) {
   const LaunchOptions options{device.dependent_launch};
   const char* why = launch_kernel(tiled<T>, grid, T::THREADS, T::BYTES, on, options, args, split);
   if (why != nullptr || split.parts == 1) return why;
-  return launch_kernel(add_up, dim3(ceil_div(args.M * split.stride / 4, ADD_THREADS)), ADD_THREADS, 0, on, options, args,
-                       split);
+  return launch_kernel(add_up, dim3(ceil_div(args.M * split.stride / 4, ADD_THREADS)), ADD_THREADS, 0, on, options,
+                       args, split);
 }
 
 template <typename T>
@@ -364,8 +367,9 @@ DenseConfiguration configuration() {
 
 // Stages: as many as fit. Wider tiles of rows read the tokens less often: for lm_head, whose K needn't be split.
 std::vector<DenseConfiguration> tiled_configurations() {
-  return {configuration<Tile<Bf16Rows, 4, 2, 2, 2, 4>>(), configuration<Tile<Bf16Rows, 4, 2, 2, 4, 4>>(),
-          configuration<Tile<Bf16Rows, 4, 2, 2, 8, 3>>(), configuration<Tile<Int8Rows, 4, 2, 2, 2, 7>>(),
+  return {configuration<Tile<Bf16Rows, 4, 2, 2, 1, 5>>(), configuration<Tile<Bf16Rows, 4, 2, 2, 2, 4>>(),
+          configuration<Tile<Bf16Rows, 4, 2, 2, 4, 4>>(), configuration<Tile<Bf16Rows, 4, 2, 2, 8, 3>>(),
+          configuration<Tile<Int8Rows, 4, 2, 2, 1, 9>>(), configuration<Tile<Int8Rows, 4, 2, 2, 2, 7>>(),
           configuration<Tile<Int8Rows, 4, 2, 2, 4, 6>>(), configuration<Tile<Int8Rows, 8, 1, 2, 8, 3>>(),
           configuration<Tile<Int8Rows, 4, 2, 2, 8, 4>>()};
 }
