@@ -47,6 +47,10 @@ def refusal(**changes):
     except RuntimeError as error:
         return str(error)
 print(refusal(config=1), refusal(config=1, **many))
+for index, config in enumerate(library.configurations()):  # Python's view of the limits is the library's
+    for tokens in (3, 12):
+        call = {name: tensor[:tokens] for name, tensor in many.items()}
+        assert (refusal(config=index, **call) is None) == config.takes(tokens, 2, 64)
 print(refusal(config=2))
 print(refusal(x=x.float()))
 print(refusal(w2=prepared["w2"].view(torch.int8)))

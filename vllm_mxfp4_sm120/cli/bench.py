@@ -122,8 +122,8 @@ def show(rates: Rates, tables: Sequence[Table], machine: Machine) -> None:
     if machine.capability is None:
         console.print("no NVIDIA GPU: these are the CPU's paths, which say nothing about any card")
     for table in tables:
-        console.print()
-        drawn = RichTable(title=table.what, title_justify="left", box=None, pad_edge=False)
+        console.print(Text(f"\n{table.what}"))
+        drawn = RichTable(box=None, pad_edge=False)
         for column in table.columns:
             drawn.add_column(column, justify="right", no_wrap=True)
         for row in table.rows:
