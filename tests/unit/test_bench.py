@@ -193,6 +193,14 @@ def test_what_a_walk_leaves_unwritten_is_noticed() -> None:
         measure.checked(lazy, judge, 1e-2)
 
 
+def test_of_several_kernels_the_fastest_is_timed() -> None:
+    def way(seconds: float, answer: float) -> list:
+        return [lambda: (time.sleep(seconds), torch.tensor([answer]))[1]] * 2
+
+    [call, _] = measure.fastest([way(0.01, 1.0), way(0.0, 2.0), way(0.02, 3.0)], CPU, capture=False)
+    assert call() == 2.0
+
+
 def test_the_limit() -> None:
     """By hand, for gpt-oss-20b: an expert's bytes, and 2 x 3 x H x I operations for each of a token's 4 experts."""
     shape = models.model("20b").experts
