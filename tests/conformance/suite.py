@@ -14,6 +14,7 @@ import sys
 from collections.abc import Callable, Iterable
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
+from tempfile import TemporaryDirectory
 
 import torch
 
@@ -106,12 +107,12 @@ class Subject:
         return self.backend.why_not_weights(given.weights) is not None
 
 
-def emulated() -> Subject:
-    """The native kernels, built for their emulator."""
+def emulated(directory: str) -> Subject:
+    """The native kernels, built there for their emulator."""
     from tests.conformance.emulated import emulated_native, small
     from tests.kernels.emulated import build
 
-    return Subject(EMULATED, emulated_native(build()), TOLERANCE["native"], suits=small)
+    return Subject(EMULATED, emulated_native(build(Path(directory))), TOLERANCE["native"], suits=small)
 
 
 @dataclass(frozen=True)
@@ -177,8 +178,9 @@ def main(arguments: list[str]) -> int:
     parser.add_argument("--device", default="cpu")
     args = parser.parse_args(arguments)
     torch.set_num_threads(1)
-    subject = emulated() if args.backend == EMULATED else Subject.named(args.backend, args.device)
-    failure = first_failure(subject, draw(args.seed, args.cases, args.shapes))
+    with TemporaryDirectory() as directory:
+        subject = emulated(directory) if args.backend == EMULATED else Subject.named(args.backend, args.device)
+        failure = first_failure(subject, draw(args.seed, args.cases, args.shapes))
     if failure is None:
         print(f"{args.backend}: {args.cases} cases from seed {args.seed} are right")
         return 0

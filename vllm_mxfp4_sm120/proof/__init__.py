@@ -8,16 +8,12 @@ is tried in place.
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import replace
-from pathlib import Path
-
 from vllm_mxfp4_sm120 import settings
 from vllm_mxfp4_sm120.backends.base import Backend
 from vllm_mxfp4_sm120.cache import cache_dir
 from vllm_mxfp4_sm120.moe import MoEShape
 from vllm_mxfp4_sm120.platform import Machine
-from vllm_mxfp4_sm120.proof.child import run_in_child, solve_in_child
+from vllm_mxfp4_sm120.proof.child import solve_in_child
 from vllm_mxfp4_sm120.proof.problem import (
     EXPERTS,
     TOKENS,
@@ -29,7 +25,7 @@ from vllm_mxfp4_sm120.proof.problem import (
     random_weights,
     solve,
 )
-from vllm_mxfp4_sm120.proof.record import forget, path_for, recall, record_path, remember, turn, version
+from vllm_mxfp4_sm120.proof.record import forget, recall, record_path, remember, turn, version
 
 __all__ = [
     "EXPERTS",
@@ -38,8 +34,6 @@ __all__ = [
     "cache_dir",
     "device",
     "forget",
-    "once",
-    "path_for",
     "problem_shape",
     "random_inputs",
     "random_router",
@@ -47,7 +41,6 @@ __all__ = [
     "recall",
     "record_path",
     "remember",
-    "run_in_child",
     "solve",
     "solve_in_child",
     "version",
@@ -63,23 +56,13 @@ def why_not(backend: type[Backend], machine: Machine, shape: MoEShape) -> str | 
     if not backend.compiled:
         return solve(backend, problem_shape(machine, shape), device(machine)).reason
     seconds = settings.PROOF_SECONDS.get()
-    return once(
-        record_path(backend, machine, shape),
-        lambda: solve_in_child(backend, problem_shape(machine, shape), device(machine), seconds),
-        seconds,
-    ).reason
-
-
-def once(record: Path | None, solve: Callable[[], Proof], seconds: float) -> Proof:
-    """What is remembered; else what `solve` finds, in one process of a machine at a time, which is remembered then."""
+    record = record_path(backend, machine, shape)
     known = recall(record)
     if known is None:
         with turn(record, seconds):
             known = recall(record)  # of the process that was waited for
             if known is None:
-                proof = solve()
+                proof = solve_in_child(backend, problem_shape(machine, shape), device(machine), seconds)
                 remember(record, proof)
-                return proof
-    if known.reason is None:
-        return known
-    return replace(known, reason=f"{known.reason} (remembered; `mxfp4-sm120 doctor --forget` tries again)")
+                return proof.reason
+    return known.reason and f"{known.reason} (remembered; `mxfp4-sm120 doctor --forget` tries again)"
