@@ -1,5 +1,5 @@
 # make serve [MODEL=openai/gpt-oss-20b] [ARGS="further arguments of vllm serve"]
-# make test  [ARGS="further arguments of pytest, such as -m 'not slow'"]
+# make test  [ARGS="further arguments of pytest, such as -m 'not slow'"]  [JOBS=1: tests one after the other]
 # make coverage  the same tests, and how much of the package they run
 # make lint
 PYTHON ?= python3
@@ -7,6 +7,9 @@ VENV := .venv
 SMALL := models/gpt-oss-small/checkpoint
 MODEL ?= $(SMALL)
 READY := $(VENV)/.ready
+# Two files of tests at a time, each with a core or more and up to 4 GB. conftest.py orders them.
+JOBS ?= 2
+SIDE_BY_SIDE := $(if $(filter-out 1,$(JOBS)),--numprocesses $(JOBS) --dist loadfile --no-loadscope-reorder)
 
 .PHONY: serve test lint coverage
 serve: $(READY)
@@ -14,11 +17,11 @@ serve: $(READY)
 
 test: lint
 	@echo "==> pytest"
-	@$(VENV)/bin/pytest $(ARGS)
+	@$(VENV)/bin/pytest $(SIDE_BY_SIDE) $(ARGS)
 
 coverage: lint
 	@$(VENV)/bin/coverage erase
-	@$(VENV)/bin/coverage run -m pytest $(ARGS)
+	@$(VENV)/bin/coverage run -m pytest $(SIDE_BY_SIDE) $(ARGS)
 	@$(VENV)/bin/coverage combine --quiet
 	@$(VENV)/bin/coverage report --show-missing --skip-covered
 

@@ -6,11 +6,18 @@ The options can't stand in tests/: before pytest knows --replay, it takes the FI
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 import torch
+from hypothesis import HealthCheck, settings
+
+# The same examples in every run, however slow the machine: what fails, a change broke. --hypothesis-profile=default
+# searches for others.
+settings.register_profile("steady", derandomize=True, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+settings.load_profile("steady")
 
 # More than 20 seconds on two cores: engines that start, libraries that are compiled. `-m 'not slow'` leaves them out.
 SLOW = (
@@ -46,10 +53,20 @@ def pytest_ignore_collect(collection_path: Path, config: pytest.Config) -> bool 
     return collection_path.name != "test_conformance.py" or None
 
 
+def pytest_configure(config: pytest.Config) -> None:
+    """Side by side, a test and what it starts have their part of the cores, to none of which vLLM binds them."""
+    if hasattr(config, "workerinput"):
+        threads = max(1, (os.cpu_count() or 1) // config.workerinput["workercount"])
+        torch.set_num_threads(threads)
+        os.environ |= {"OMP_NUM_THREADS": f"{threads}", "VLLM_CPU_OMP_THREADS_BIND": "nobind"}
+
+
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """With --replay, nothing but that; the marker of slow tests."""
+    """With --replay, nothing but that; the marker of slow tests; side by side, the slow files first."""
     replay = config.getoption("--replay") is not None
     items[:] = [item for item in items if (item.name == "test_replay") is replay]
     for item in items:
         if item.nodeid.startswith(SLOW):
             item.add_marker(pytest.mark.slow)
+    if hasattr(config, "workerinput"):
+        items.sort(key=lambda item: item.get_closest_marker("slow") is None)

@@ -30,7 +30,7 @@ from typing import Any
 
 import torch
 from quality import SMALL, versions, windows_of
-from quality_logits import load_transformers
+from quality_logits import load_transformers, replace_inputs
 from torch import Tensor, nn
 
 BLOCK = 32
@@ -77,18 +77,12 @@ def percentiles(values: Tensor, of: Sequence[float]) -> dict[str, float]:
 def watch(model: nn.Module, see: Callable[[int, str, Tensor], None]) -> None:
     """Call `see(layer, "gate_up" or "down", x [rows, columns])` with what enters the products, from now on."""
 
-    def entering(layer: int, module: nn.Module, arguments: tuple[Any, ...]) -> None:
-        see(layer, "gate_up", arguments[0].flatten(0, -2))
-
-    def activated(layer: int, apply_gate: Callable[[Tensor], Tensor], gate_up: Tensor) -> Tensor:
-        out = apply_gate(gate_up)
-        see(layer, "down", out.flatten(0, -2))
-        return out
+    def change(layer: int, product: str, x: Tensor) -> Tensor:
+        see(layer, product, x.flatten(0, -2))
+        return x
 
     for index, layer in enumerate(model.model.layers):
-        experts = layer.mlp.experts
-        experts.register_forward_pre_hook(partial(entering, index))
-        experts._apply_gate = partial(activated, index, experts._apply_gate)
+        replace_inputs(layer.mlp.experts, partial(change, index))
 
 
 @torch.inference_mode()

@@ -7,7 +7,8 @@
 
 A setting is arguments of vllm.LLM as NAME=VALUE, VALUE being JSON or a word, and backend=NAME for one of this plugin's;
 unless it says otherwise, an engine has quantization=mxfp4_sm120 and enforce_eager=true. Or it is the word transformers,
-where dtype=float32 and device=cpu may follow. `--a` is what the other is compared with.
+where dtype=float32 and device=cpu may follow, and experts=mxfp4x3, which rounds what enters the experts' products
+(`formats.py`). `--a` is what the other is compared with.
 
 The text is cut into windows of as many tokens; each token but a window's first is judged, by the distribution that its
 predecessors in the window give it over the whole vocabulary:

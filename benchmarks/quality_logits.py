@@ -12,13 +12,14 @@ import json
 import math
 import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any, BinaryIO
 
 import torch
+from formats import named
 from torch import Tensor, nn
 
 TRANSFORMERS = "transformers"
@@ -192,8 +193,14 @@ def record_transformers(model: Any, windows: Sequence[Sequence[int]], path: Path
     return recorder.close(f"transformers, {model.dtype}".replace("torch.", ""))
 
 
-def load_transformers(model: str, dtype: str = "bfloat16", device: str = "cpu", **arguments: Any) -> Any:
-    """transformers' own GPT-OSS, its experts dequantized by transformers, in eval mode."""
+def load_transformers(
+    model: str, dtype: str = "bfloat16", device: str = "cpu", experts: str | None = None, **arguments: Any
+) -> Any:
+    """transformers' own GPT-OSS, its experts dequantized by transformers, in eval mode.
+
+    `experts` rounds what enters their products to a number format: a word that `formats.named` takes.
+    """
+    formats = named(experts) if experts else None
     from transformers import AutoConfig, GptOssForCausalLM, Mxfp4Config
 
     packed = getattr(AutoConfig.from_pretrained(model), "quantization_config", None)
@@ -201,7 +208,17 @@ def load_transformers(model: str, dtype: str = "bfloat16", device: str = "cpu", 
     how |= {"attn_implementation": "eager", "experts_implementation": "eager", "dtype": torch.bfloat16} | arguments
     # transformers dequantizes to BF16 whatever dtype is asked for. That is exact: no value has over 2 significant bits.
     loaded = GptOssForCausalLM.from_pretrained(model, **how)
+    if formats:
+        for layer in loaded.model.layers:
+            replace_inputs(layer.mlp.experts, lambda product, x: formats[product](x))
     return loaded.to(device=device, dtype=getattr(torch, dtype)).eval()
+
+
+def replace_inputs(experts: nn.Module, change: Callable[[str, Tensor], Tensor]) -> None:
+    """The two products of transformers' experts get what `change("gate_up" or "down", x)` makes of their inputs."""
+    apply_gate = experts._apply_gate
+    experts.register_forward_pre_hook(lambda module, given: (change("gate_up", given[0]), *given[1:]))
+    experts._apply_gate = lambda gate_up: change("down", apply_gate(gate_up))
 
 
 def main() -> None:

@@ -4,10 +4,13 @@
 from __future__ import annotations
 
 import json
+import shutil
 import signal
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+from filelock import FileLock
 
 from vllm_mxfp4_sm120 import config_path
 from vllm_mxfp4_sm120.cli.make_tiny import make_tiny
@@ -22,6 +25,29 @@ def signals() -> None:
     for number, handler in ((signal.SIGINT, signal.default_int_handler), (signal.SIGHUP, lambda *_: None)):
         if signal.getsignal(number) is signal.SIG_IGN:
             signal.signal(number, handler)
+
+
+MadeOnce = Callable[[str, Callable[[Path], object]], Path]
+
+
+@pytest.fixture(scope="session")
+def made_once(tmp_path_factory: pytest.TempPathFactory, pytestconfig: pytest.Config) -> MadeOnce:
+    """Makes a folder of that name, once for all processes that run tests side by side, and says where it is."""
+    root = tmp_path_factory.getbasetemp()
+    if hasattr(pytestconfig, "workerinput"):  # pytest-xdist's processes have a folder each, in this one
+        root = root.parent
+
+    def once(name: str, make: Callable[[Path], object]) -> Path:
+        folder, draft = root / name, root / f"{name}-draft"
+        with FileLock(f"{folder}.lock"):
+            if not folder.exists():
+                shutil.rmtree(draft, ignore_errors=True)  # of one who failed
+                draft.mkdir()
+                make(draft)
+                draft.rename(folder)
+        return folder
+
+    return once
 
 
 @pytest.fixture(scope="session")

@@ -133,9 +133,10 @@ DISABLE_TRITON_MOE = Setting(
 )
 DENSE = Setting(
     "MXFP4_SM120_DENSE",
-    _one_of("off", "int8"),
+    _one_of("off", "bf16", "int8"),
     "off",
-    "int8 keeps attention's projections, lm_head and the embedding in 8 bits",
+    "bf16: kernels for few tokens in attention's projections and lm_head, where they are faster; int8: keeps them, and "
+    "the embedding, in 8 bits, too",
     in_json=True,
 )
 MOE_STREAMS = Setting(

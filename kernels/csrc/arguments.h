@@ -71,7 +71,7 @@ inline int64_t size_of(const Tensor& t, const char* name, int64_t dims, int64_t 
 }
 
 // Kernels load 16 bytes at a time; what they read by element may lie where its dtype allows.
-enum class Aligned { Vector = 16, Element = 1 };
+enum class Aligned { Vector = 16, Word = 4, Element = 1 };
 
 // torch's own numbers for what is compared here, asked once: `scalar_type()` asks for up to thirteen of them.
 struct Codes {

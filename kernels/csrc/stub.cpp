@@ -17,6 +17,8 @@ const char* zeros(const MoeArgs& args, const Device&, void*) {
   return nullptr;
 }
 
+int64_t no_bytes(const DenseArgs&, const Device&) { return 0; }
+
 const char* dense_zeros(const DenseArgs& args, const Device&, void*) {
   std::memset(args.out, 0, static_cast<size_t>(args.M) * args.N * 2);
   return nullptr;
@@ -52,8 +54,9 @@ const std::vector<Configuration>& configurations() {
 }
 
 const std::vector<DenseConfiguration>& dense_configurations() {
-  static const std::vector<DenseConfiguration> table = {{"bf16_zeros", false, 16, {0, 0}, dense_zeros},
-                                                        {"int8_zeros", true, 16, {0, 0}, dense_zeros}};
+  static const std::vector<DenseConfiguration> table = {{"bf16_zeros", false, 16, 32, {0, 0}, no_bytes, dense_zeros},
+                                                        {"int8_zeros", true, 16, 32, {0, 0}, no_bytes, dense_zeros},
+                                                        {"int8_zeros64", true, 64, 64, {0, 0}, no_bytes, dense_zeros}};
   return table;
 }
 

@@ -14,7 +14,6 @@ import sys
 from collections.abc import Callable, Iterable
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from tempfile import TemporaryDirectory
 
 import torch
 
@@ -107,12 +106,12 @@ class Subject:
         return self.backend.why_not_weights(given.weights) is not None
 
 
-def emulated(directory: str) -> Subject:
-    """The native kernels, built there for their emulator."""
+def emulated() -> Subject:
+    """The native kernels, built for their emulator."""
     from tests.conformance.emulated import emulated_native, small
     from tests.kernels.emulated import build
 
-    return Subject(EMULATED, emulated_native(build(Path(directory))), TOLERANCE["native"], suits=small)
+    return Subject(EMULATED, emulated_native(build()), TOLERANCE["native"], suits=small)
 
 
 @dataclass(frozen=True)
@@ -178,9 +177,8 @@ def main(arguments: list[str]) -> int:
     parser.add_argument("--device", default="cpu")
     args = parser.parse_args(arguments)
     torch.set_num_threads(1)
-    with TemporaryDirectory() as directory:
-        subject = emulated(directory) if args.backend == EMULATED else Subject.named(args.backend, args.device)
-        failure = first_failure(subject, draw(args.seed, args.cases, args.shapes))
+    subject = emulated() if args.backend == EMULATED else Subject.named(args.backend, args.device)
+    failure = first_failure(subject, draw(args.seed, args.cases, args.shapes))
     if failure is None:
         print(f"{args.backend}: {args.cases} cases from seed {args.seed} are right")
         return 0

@@ -7,25 +7,34 @@ import json
 import os
 import subprocess
 import sys
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
-from vllm_mxfp4_sm120 import config_path, selector
+from tests.conftest import MadeOnce
+from vllm_mxfp4_sm120 import selector
 from vllm_mxfp4_sm120.checkpoint import Sizes
-from vllm_mxfp4_sm120.cli.serve import Server
+from vllm_mxfp4_sm120.memory import upcast_bytes
+from vllm_mxfp4_sm120.mxfp4 import BLOCK
 
 PROMPT_LENGTHS = (1, 2, 5, 9, 16, 31, 47, 70)  # the tiny model's sliding window is 32
 MAX_TOKENS = 32
+TOLERANCE = 2e-2  # of a log-probability
+RESULT = "answers.json"  # what an engine leaves in its folder
 # Nothing here may reach for the network.
 ENV = {**os.environ, "HF_HUB_OFFLINE": "1", "VLLM_NO_USAGE_STATS": "1", "VLLM_ALLOW_INSECURE_SERIALIZATION": "1"}
 
-# For ranks that share a machine: by itself vLLM wants a NUMA node for each.
+# For processes that share a machine, ranks of one engine or engines of several tests: by itself vLLM wants a NUMA node
+# for each rank, and binds every engine to the same cores.
 ONE_OF_SEVERAL = {"VLLM_CPU_OMP_THREADS_BIND": "nobind", "OMP_NUM_THREADS": "1"}
+# One process is enough for one rank, and starts in half of the time.
+ONE_PROCESS = {**ONE_OF_SEVERAL, "VLLM_ENABLE_V1_MULTIPROCESSING": "0"}
+# Even an eager engine compiles how it ranks a token's log-probability, anew for each size of a batch.
+EAGER = {"TORCHDYNAMO_DISABLE": "1"}
 
 
 @dataclass(frozen=True)
@@ -39,6 +48,10 @@ class Answers:
     scores: Sequence[list[float]] = ()
     cached: int = 0
     metrics: Mapping[str, float] = field(default_factory=dict)
+
+    @classmethod
+    def read(cls, directory: Path) -> Answers:
+        return cls(**json.loads((directory / RESULT).read_text()))
 
     def worst_difference(self, other: Answers) -> float:
         """The largest difference of a log-probability. The tokens must be the same."""
@@ -60,16 +73,13 @@ def generate(
 ) -> Answers:
     """Greedy answers of an engine in a process of its own. Raises CalledProcessError, its log being in `directory`."""
     engine = {"model": str(model), "max_model_len": 512, "kv_cache_memory_bytes": 1 << 26, **engine}
-    if engine.get("tensor_parallel_size", 1) * engine.get("pipeline_parallel_size", 1) == 1:
-        ranks = {"VLLM_ENABLE_V1_MULTIPROCESSING": "0"}  # one process is enough, and starts in half of the time
-    else:
-        ranks = ONE_OF_SEVERAL
+    ranks = engine.get("tensor_parallel_size", 1) * engine.get("pipeline_parallel_size", 1)
+    how = (ONE_PROCESS if ranks == 1 else ONE_OF_SEVERAL) | (EAGER if engine.get("enforce_eager") else {})
     task = {"engine": engine, "prompts": prompts, "max_tokens": MAX_TOKENS, "rounds": rounds, "score": score}
     task["vllm_routes"] = vllm_routes
-    result = directory / "answers.json"
     with (directory / "engine.log").open("w") as log:
         subprocess.run(
-            [sys.executable, "-m", "tests.engine.generate", str(result)],
+            [sys.executable, "-m", "tests.engine.generate", str(directory / RESULT)],
             cwd=Path(__file__).parents[2],
             input=json.dumps(task),
             text=True,
@@ -77,9 +87,25 @@ def generate(
             stdout=log,
             stderr=subprocess.STDOUT,
             timeout=600,
-            env={**ENV, **ranks, **(env or {})},
+            env={**ENV, **how, **(env or {})},
         )
-    return Answers(**json.loads(result.read_text()))
+    return Answers.read(directory)
+
+
+def assert_ours(answers: Answers, config: dict, choice: selector.Choice, tp: int = 1, ep: int = 1, pp: int = 1) -> None:
+    """The engine took our method; every layer of every rank holds it, the right backend, packed weights only."""
+    assert answers.quantization == "mxfp4_sm120"
+    assert len(answers.layers) == tp * ep * pp
+    experts, blocks = config["num_local_experts"] // ep, -(-config["intermediate_size"] // tp // BLOCK)
+    shape = replace(Sizes.from_config(config).layer, local_experts=experts, intermediate_size=blocks * BLOCK)
+    biases = 2 * (2 * shape.intermediate_size + shape.hidden_size)
+    for rank in answers.layers:
+        assert len(rank) == config["num_hidden_layers"] // pp
+        for method, backend, nbytes in rank.values():
+            assert (method, backend) == ("Mxfp4Sm120MoEMethod", choice.backend.name)
+            if backend == "tiled":  # others may pad
+                assert nbytes == experts * (shape.packed_bytes_per_expert + biases)
+            assert nbytes < upcast_bytes(shape) / 2
 
 
 @pytest.fixture(scope="session")
@@ -121,15 +147,7 @@ def expected(transformers_model, prompts: list[list[int]]) -> Answers:
 
 
 @pytest.fixture(scope="session")
-def offline(tiny: Path, prompts: list[list[int]], tmp_path_factory: pytest.TempPathFactory) -> Answers:
+def offline(tiny: Path, prompts: list[list[int]], made_once: MadeOnce) -> Answers:
     """LLM.generate through this plugin, in one process."""
-    return generate(tiny, prompts, tmp_path_factory.mktemp("offline"), quantization="mxfp4_sm120", enforce_eager=True)
-
-
-@pytest.fixture(scope="session")
-def server(tiny: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
-    """`vllm serve` through this plugin, compiled as it is by default."""
-    log = tmp_path_factory.mktemp("server") / "server.log"
-    with Server(str(tiny), ["--config", str(config_path("serve", "tiny.yaml"))], log, env=ENV) as running:
-        running.wait_until_healthy(600)
-        yield running
+    engine = {"quantization": "mxfp4_sm120", "enforce_eager": True}
+    return Answers.read(made_once("offline", lambda folder: generate(tiny, prompts, folder, **engine)))

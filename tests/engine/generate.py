@@ -21,6 +21,8 @@ from pathlib import Path
 
 if "VLLM_DP_SIZE" in os.environ:  # here, because vLLM's workers import this module, too
     from tests.engine import cpu_gatherv  # noqa: F401
+if "FAKE_DENSE" in os.environ:
+    from tests.engine import fake_dense  # noqa: F401
 
 
 def who_answers(model) -> dict[str, list]:

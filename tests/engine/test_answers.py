@@ -6,58 +6,21 @@ from __future__ import annotations
 import copy
 import json
 import subprocess
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from itertools import cycle
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
 from safetensors.torch import save_file
-from vllm.config import CompilationMode
 
-from tests.engine.conftest import MAX_TOKENS, ONE_OF_SEVERAL, Answers, generate, transformers_answers
-from vllm_mxfp4_sm120.checkpoint import Sizes
-from vllm_mxfp4_sm120.cli.make_tiny import make_tiny
-from vllm_mxfp4_sm120.cli.serve import HOST, Server, free_port
-from vllm_mxfp4_sm120.memory import upcast_bytes
-from vllm_mxfp4_sm120.mxfp4 import BLOCK
+from tests.engine.conftest import MAX_TOKENS, TOLERANCE, Answers, assert_ours, generate, transformers_answers
 from vllm_mxfp4_sm120.selector import Choice
-
-TOLERANCE = 2e-2  # of a log-probability
-
-
-def assert_ours(answers: Answers, config: dict, choice: Choice, tp: int = 1, ep: int = 1, pp: int = 1) -> None:
-    """The engine took our method; every layer of every rank holds it, the right backend, packed weights only."""
-    assert answers.quantization == "mxfp4_sm120"
-    assert len(answers.layers) == tp * ep * pp
-    experts, blocks = config["num_local_experts"] // ep, -(-config["intermediate_size"] // tp // BLOCK)
-    shape = replace(Sizes.from_config(config).layer, local_experts=experts, intermediate_size=blocks * BLOCK)
-    biases = 2 * (2 * shape.intermediate_size + shape.hidden_size)
-    for rank in answers.layers:
-        assert len(rank) == config["num_hidden_layers"] // pp
-        for method, backend, nbytes in rank.values():
-            assert (method, backend) == ("Mxfp4Sm120MoEMethod", choice.backend.name)
-            if backend == "tiled":  # others may pad
-                assert nbytes == experts * (shape.packed_bytes_per_expert + biases)
-            assert nbytes < upcast_bytes(shape) / 2
 
 
 def test_offline_is_transformers(offline: Answers, expected: Answers, tiny_config: dict, choice: Choice) -> None:
     assert_ours(offline, tiny_config, choice)
     assert offline.worst_difference(expected) < TOLERANCE
-
-
-def test_http_is_transformers(server: Server, expected: Answers, prompts: list[list[int]], choice: Choice) -> None:
-    options = {"logprobs": 0, "return_token_ids": True, "ignore_eos": True}
-    choices = [server.complete(ids, MAX_TOKENS, **options)["choices"][0] for ids in prompts]
-    answers = Answers(
-        [choice["token_ids"] for choice in choices], [choice["logprobs"]["token_logprobs"] for choice in choices]
-    )
-    assert server.answered_by() == str(choice)
-    assert "quantization=mxfp4_sm120" in server.log.read_text()
-    assert answers.worst_difference(expected) < TOLERANCE
 
 
 def test_the_comparison_sees_the_experts(transformers_model, expected: Answers, prompts: list[list[int]]) -> None:
@@ -74,87 +37,6 @@ def test_the_comparison_sees_the_experts(transformers_model, expected: Answers, 
         got = steps.gather(1, torch.tensor(tokens)[:, None])[:, 0]
         differences.append((got - torch.tensor(logprobs)).abs().max().item())
     assert min(differences) > 10 * TOLERANCE
-
-
-# On CPUs vLLM makes room for what a pipeline's second rank receives only as it compiles.
-TRACED_ONLY = {"compilation_config": {"mode": CompilationMode.DYNAMO_TRACE_ONCE, "backend": "eager"}}
-
-
-@pytest.mark.skipif(torch.cuda.device_count() == 1, reason="two ranks need two GPUs, or none")
-@pytest.mark.parametrize(
-    ("ranks", "engine"),
-    [
-        ({"tp": 2}, {"enforce_eager": True, "tensor_parallel_size": 2}),  # 3 and 2 of the 5 blocks of I
-        ({"ep": 2}, {"enforce_eager": True, "tensor_parallel_size": 2, "enable_expert_parallel": True}),
-        ({"pp": 2}, {**TRACED_ONLY, "pipeline_parallel_size": 2}),
-    ],
-    ids=["tensor", "expert", "pipeline"],
-)
-def test_two_ranks(
-    tiny: Path,
-    prompts: list[list[int]],
-    tmp_path: Path,
-    offline: Answers,
-    tiny_config: dict,
-    choice: Choice,
-    ranks: dict[str, int],
-    engine: dict[str, Any],
-) -> None:
-    """A shard of every expert, half of the experts, or half of the layers each."""
-    answers = generate(tiny, prompts, tmp_path, quantization="mxfp4_sm120", **engine)
-    assert_ours(answers, tiny_config, choice, **ranks)
-    assert answers.worst_difference(offline) < TOLERANCE
-
-
-@pytest.fixture(scope="module")
-def odd(tiny_config: dict, prompts: list[list[int]], tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Answers]:
-    """15 experts, which two ranks hold as 8 and 7; and the answers of one rank."""
-    directory = tmp_path_factory.mktemp("odd")
-    make_tiny(directory / "model", {**tiny_config, "num_local_experts": 15})
-    return directory / "model", generate(
-        directory / "model", prompts, directory, quantization="mxfp4_sm120", enforce_eager=True
-    )
-
-
-def assert_8_and_7(two: Answers, one: Answers) -> None:
-    sizes = [[nbytes for _, _, nbytes in rank.values()] for rank in (*one.layers, *two.layers)]
-    assert [rank[0] * 15 for rank in sizes] == [sizes[0][0] * experts for experts in (15, 8, 7)]
-    assert two.worst_difference(one) < TOLERANCE
-
-
-@pytest.mark.skipif(torch.cuda.device_count() == 1, reason="two ranks need two GPUs, or none")
-def test_experts_that_the_ranks_do_not_divide(
-    odd: tuple[Path, Answers], prompts: list[list[int]], tmp_path: Path
-) -> None:
-    engine = {"tensor_parallel_size": 2, "enable_expert_parallel": True}
-    two = generate(odd[0], prompts, tmp_path, quantization="mxfp4_sm120", enforce_eager=True, **engine)
-    assert_8_and_7(two, odd[1])
-
-
-@pytest.mark.skipif(torch.cuda.device_count() == 1, reason="two ranks need two GPUs, or none")
-def test_data_and_expert_parallel(odd: tuple[Path, Answers], prompts: list[list[int]], tmp_path: Path) -> None:
-    """Two engines with 8 and 7 of the experts; one has 5 prompts, the other 3."""
-    port = free_port()
-
-    def answer(rank: int) -> Answers:
-        env = {"VLLM_DP_SIZE": "2", "VLLM_DP_RANK": f"{rank}", "VLLM_DP_RANK_LOCAL": f"{rank}"}
-        env |= {"VLLM_DP_MASTER_IP": HOST, "VLLM_DP_MASTER_PORT": f"{port}", **ONE_OF_SEVERAL}
-        directory = tmp_path / f"{rank}"
-        directory.mkdir()
-        mine = prompts[:5] if rank == 0 else prompts[5:]
-        engine = {"quantization": "mxfp4_sm120", "enforce_eager": True, "enable_expert_parallel": True}
-        return generate(odd[0], mine, directory, env, **engine)
-
-    with ThreadPoolExecutor() as ranks:
-        one, other = ranks.map(answer, range(2))
-    assert one.quantization == other.quantization == "mxfp4_sm120"
-    both = replace(
-        one,
-        tokens=one.tokens + other.tokens,
-        logprobs=one.logprobs + other.logprobs,
-        layers=[*one.layers, *other.layers],
-    )
-    assert_8_and_7(both, odd[1])
 
 
 def test_pieces_of_prompts_and_guessed_tokens(

@@ -1,9 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Engines whose dense layers are INT8, against transformers with the same layers' weights rounded to INT8."""
+"""Engines with dense kernels or INT8 weights, against transformers with the same weights."""
 
 from __future__ import annotations
 
 import copy
+import re
 from pathlib import Path
 
 import pytest
@@ -12,8 +13,11 @@ from vllm import EngineArgs
 from tests.engine.conftest import Answers, generate, transformers_answers
 from vllm_mxfp4_sm120.dense.int8 import Int8Weights
 
-INT8 = {"mxfp4_sm120": {"dense": "int8"}}
 TOLERANCE = 2e-2  # of a log-probability, as between BF16 engines and transformers
+
+
+def dense(kind: str) -> dict:
+    return {"mxfp4_sm120": {"dense": kind}}
 
 
 @pytest.fixture(scope="module")
@@ -26,12 +30,6 @@ def rounded(transformers_model, prompts: list[list[int]]) -> Answers:
     return transformers_answers(model, prompts)
 
 
-ENGINES = {
-    "compiled": {},
-    "tensor": {"enforce_eager": True, "tensor_parallel_size": 2},
-}
-
-
 @pytest.mark.parametrize(
     ("option", "refusal"),
     [
@@ -41,15 +39,33 @@ ENGINES = {
     ids=["head_dtype", "offload"],
 )
 def test_what_int8_excludes_is_refused_before_a_weight_is_read(tiny: Path, option: dict, refusal: str) -> None:
+    options = {"quantization": "mxfp4_sm120", "additional_config": dense("int8"), **option}
     with pytest.raises(ValueError, match=refusal):
-        EngineArgs(str(tiny), quantization="mxfp4_sm120", additional_config=INT8, **option).create_engine_config()
+        EngineArgs(str(tiny), **options).create_engine_config()
 
 
-@pytest.mark.parametrize("engine", ENGINES.values(), ids=ENGINES)
-def test_answers_are_those_of_the_rounded_weights(
-    tiny: Path, prompts: list[list[int]], tmp_path: Path, rounded: Answers, engine: dict
+# The kernels where no GPU is: fake_dense.py.
+ENGINES = {
+    "bf16": ("bf16", True, {"enforce_eager": True}),
+    "int8, compiled": ("int8", True, {}),
+    "int8, tensor parallel": ("int8", False, {"enforce_eager": True, "tensor_parallel_size": 2}),
+}
+
+
+@pytest.mark.parametrize(("kind", "kernels", "engine"), ENGINES.values(), ids=ENGINES)
+def test_answers_are_those_of_the_weights(
+    tiny: Path, prompts, tmp_path: Path, expected: Answers, rounded: Answers, kind: str, kernels: bool, engine: dict
 ) -> None:
-    answers = generate(tiny, prompts, tmp_path, quantization="mxfp4_sm120", additional_config=INT8, **engine)
-    assert answers.worst_difference(rounded) < TOLERANCE
+    env = {"FAKE_DENSE": "1"} if kernels else {}
+    options = {"quantization": "mxfp4_sm120", "additional_config": dense(kind), **engine}
+    answers = generate(tiny, prompts, tmp_path, env, **options)
+    assert answers.worst_difference(rounded if kind == "int8" else expected) < TOLERANCE
     log = (tmp_path / "engine.log").read_text()
-    assert "dense layers in INT8" in log
+    assert ("dense layers in INT8" in log) == (kind == "int8")
+    if kernels:
+        called = re.findall(r"fake_dense: (\d+) tokens of (.*)", log)
+        # qkv_proj and lm_head have one shape here, but only one of them has a bias.
+        assert len({layer for _, layer in called}) == 3 and {int(tokens) for tokens, _ in called} <= {5, 6, 7, 8}
+        assert f"{kind} by {kind}_fake at 5 to 8 tokens (9.0 us there, torch 12.0); else torch's linear" in log
+    else:
+        assert f"{kind} by torch's linear: it needs an NVIDIA GPU" in log

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""benchmarks/load.py, small: many clients at once, an engine that is killed. By hand it's run whole."""
+"""An engine that is killed, as benchmarks/load.py has it. test_http.py has its load; by hand it's run whole."""
 
 from __future__ import annotations
 
@@ -9,15 +9,7 @@ from pathlib import Path
 import psutil
 
 from benchmarks import load
-from vllm_mxfp4_sm120.cli.server import Server, check_port
-
-
-def test_under_load_each_answer_is_the_one_alone(server: Server, tiny_config: dict) -> None:
-    alone = {task: load.ask(server, task) for task in load.tasks(8, tiny_config["vocab_size"])}
-    outcome = load.load(server, alone, requests=60, clients=12)
-    print(outcome)  # pytest -rP shows it
-    assert (outcome.finished, outcome.given_up, outcome.other_tokens) == (40, 20, 0)
-    assert outcome.worst < load.TOLERANCE
+from vllm_mxfp4_sm120.cli.server import check_port
 
 
 def test_a_killed_engine_leaves_nothing_and_a_restart_serves(tiny: Path, tmp_path: Path) -> None:

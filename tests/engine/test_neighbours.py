@@ -15,7 +15,7 @@ from pathlib import Path
 import pytest
 
 import vllm_mxfp4_sm120
-from tests.engine.conftest import ENV
+from tests.engine.conftest import EAGER, ENV, ONE_PROCESS
 from tests.support.neighbours import make_neighbours
 
 PACKAGE = Path(vllm_mxfp4_sm120.__file__).parent
@@ -139,7 +139,7 @@ def test_other_models_answer_the_same(tmp_path: Path) -> None:
         done = subprocess.run(
             [*command, *arguments],
             cwd=PACKAGE.parent,
-            env={**ENV, **env, "VLLM_ENABLE_V1_MULTIPROCESSING": "0"},
+            env={**ENV, **ONE_PROCESS, **EAGER, **env},
             capture_output=True,
             text=True,
         )

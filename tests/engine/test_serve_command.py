@@ -37,11 +37,11 @@ def test_serve(number: int, tiny: Path, tmp_path: Path) -> None:
         assert "completion:" in said and "answered by: MXFP4 experts on" in said, said
         assert "--api-key ***" in said
         assert list(tmp_path.glob("mxfp4-sm120-*/server.log"))
-        second = subprocess.run(command, env=env, capture_output=True, text=True, timeout=60)
+        second = subprocess.run(command, env=env, capture_output=True, text=True, timeout=300)
         assert second.returncode == 1 and f"{port}" in second.stderr.splitlines()[-1], second.stderr
         process.send_signal(number)
-        assert process.wait(60) == 128 + number
-        wait_until(lambda: not processes(f"MARK_OF_SERVE={mark}"), 15)
+        assert process.wait(120) == 128 + number
+        wait_until(lambda: not processes(f"MARK_OF_SERVE={mark}"))
         check_port("127.0.0.1", port)
         assert not list(tmp_path.glob("mxfp4-sm120-*"))
     finally:

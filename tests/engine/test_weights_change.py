@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from tests.engine.conftest import ENV, ONE_OF_SEVERAL
+from tests.engine.conftest import EAGER, ENV, ONE_OF_SEVERAL, ONE_PROCESS
 from vllm_mxfp4_sm120.cli.make_tiny import make_tiny
 
 ROOT = Path(__file__).parents[2]
@@ -19,7 +19,7 @@ ROOT = Path(__file__).parents[2]
 
 def run(model: Path, other: Path, ranks: int = 1) -> list[list[list[float]]]:
     """What tests/engine/weights.py prints last."""
-    env = ONE_OF_SEVERAL if ranks > 1 else {"VLLM_ENABLE_V1_MULTIPROCESSING": "0"}
+    env = EAGER | (ONE_OF_SEVERAL if ranks > 1 else ONE_PROCESS)
     arguments = json.dumps({"enforce_eager": True, "tensor_parallel_size": ranks})
     done = subprocess.run(
         [sys.executable, "-m", "tests.engine.weights", str(model), str(other), arguments],

@@ -42,7 +42,7 @@ def load(folder: str, arguments: dict[str, Any]) -> list[Any]:
         config = EngineArgs(model=model, enforce_eager=True, **arguments).create_engine_config()
         assert config.model_config.quantization == "mxfp4_sm120", config.model_config.quantization
         with set_current_vllm_config(config):
-            init_distributed_environment(1, 0, f"file:///tmp/mxfp4-faults-{id(config)}-{Path(folder).name}", 0, "gloo")
+            init_distributed_environment(1, 0, f"file://{folder}.rendezvous", 0, "gloo")
             initialize_model_parallel(1, 1)
             return [None, digests(get_model(vllm_config=config))]
     except Exception as error:

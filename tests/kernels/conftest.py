@@ -11,27 +11,28 @@ from pathlib import Path
 
 import pytest
 
+from tests.conftest import MadeOnce
 from tests.kernels import emulated
 from tests.kernels.building import KERNELS, build
 
+LIBRARY = "_native.so"
+
 
 @pytest.fixture(scope="session")
-def library(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def library(made_once: MadeOnce) -> Path:
     if runpy.run_path(str(KERNELS / "setup.py"))["nvcc"]() is None:
         pytest.skip("nvcc isn't here to compile with")
-    path = tmp_path_factory.mktemp("native") / "_native.so"
-    build("--native", "-o", path, TORCH_CUDA_ARCH_LIST="8.0 9.0 12.0 12.1")
-    return path
+    cards = "8.0 9.0 12.0 12.1"
+    made = made_once("native", lambda folder: build("--native", "-o", folder / LIBRARY, TORCH_CUDA_ARCH_LIST=cards))
+    return made / LIBRARY
 
 
 @pytest.fixture(scope="session")
-def stub(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    path = tmp_path_factory.mktemp("stub") / "_native.so"
-    build("--stub", "-o", path)
-    return path
+def stub(made_once: MadeOnce) -> Path:
+    return made_once("stub", lambda folder: build("--stub", "-o", folder / LIBRARY)) / LIBRARY
 
 
 @pytest.fixture(scope="session")
-def libraries(tmp_path_factory: pytest.TempPathFactory) -> Callable[[int], ctypes.CDLL]:
+def libraries() -> Callable[[int], ctypes.CDLL]:
     """The emulated kernels as for cards of a __CUDA_ARCH__."""
-    return functools.cache(lambda arch: emulated.build(tmp_path_factory.mktemp("emulated"), arch=arch))
+    return functools.cache(lambda arch: emulated.build(arch=arch))

@@ -4,19 +4,24 @@
 from __future__ import annotations
 
 import ctypes
+import hashlib
 import shutil
 import subprocess
-from collections.abc import Callable
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from tempfile import TemporaryDirectory
 
 import torch
+from filelock import FileLock
 from torch import Tensor
 
 from vllm_mxfp4_sm120.backends.native.layout import tile_experts
 from vllm_mxfp4_sm120.moe import Activation, MoEShape, MoEWeights
 
 EMULATOR = Path(__file__).with_name("emulator")
-CSRC = Path(__file__).parents[2] / "kernels" / "csrc"
+ROOT = Path(__file__).parents[2]
+CSRC = ROOT / "kernels" / "csrc"
+BUILT = ROOT / "build" / "emulated"
 
 
 def sources(csrc: Path = CSRC) -> list[Path]:
@@ -25,35 +30,47 @@ def sources(csrc: Path = CSRC) -> list[Path]:
     return [path for path in files if path.stem not in ("cutlass_sm120", "flashinfer_sm120")]
 
 
-def build(directory: Path, csrc: Path = CSRC, arch: int = 800, twin: bool = False) -> ctypes.CDLL:
-    """Compile the kernels for the emulator, in `directory`, as for a card of that __CUDA_ARCH__.
+def build(csrc: Path = CSRC, arch: int = 800) -> ctypes.CDLL:
+    """The kernels compiled for the emulator, as for a card of that __CUDA_ARCH__.
 
-    From 1200 on with the FP4 kernels and their instruction; with `twin` with ordinary products in its place.
+    Once, for all processes and all runs: the file's name says what it was compiled from, and by what.
     """
-    fp4 = arch >= 1200 or twin
-    for path in sources(csrc):
-        copy = directory / path.relative_to(csrc)
-        copy.parent.mkdir(exist_ok=True)
-        shutil.copy(path, copy)
-    shutil.copytree(EMULATOR, directory, dirs_exist_ok=True)  # some in place of the kernels'
-    compilers = []
-    for source in (*directory.rglob("*.cu"), *directory.glob("*.cpp")):
-        if "fp4" in source.stem and not fp4:
-            continue
-        command = ["g++", "-std=c++17", "-O2", "-fPIC", "-w", f"-I{directory}", f"-D__CUDA_ARCH__={arch}"]
-        command += ["-DMXFP4_SM120_BLOCK_SCALED"] if fp4 and not twin else []
-        command += ["-x", "c++", "-c", source, "-o", directory / f"{source.stem}.o"]
-        compilers.append(subprocess.Popen(command, stderr=subprocess.PIPE, text=True))
-    for compiler in compilers:
-        _, errors = compiler.communicate()
-        assert compiler.returncode == 0, errors
-    library = directory / "emulated.so"
-    subprocess.run(["g++", "-shared", "-o", library, *directory.glob("*.o")], check=True)
+    files = {path.relative_to(csrc): path for path in sources(csrc)}
+    files |= {path.relative_to(EMULATOR): path for path in EMULATOR.iterdir()}
+    files[Path("common/ptx.cuh")] = files.pop(Path("ptx.cuh"))  # in place of the kernels'
+    compiler = ["g++", "-std=c++17", "-O2", "-fPIC", "-w", f"-D__CUDA_ARCH__={arch}"]
+    digest = hashlib.sha256(repr(compiler).encode() + subprocess.check_output(["g++", "--version"]))
+    for name, path in sorted(files.items()):
+        digest.update(f"{name}\0".encode() + path.read_bytes())
+    BUILT.mkdir(parents=True, exist_ok=True)
+    library = BUILT / f"{digest.hexdigest()[:32]}.so"
+    with FileLock(library.with_suffix(".lock")):
+        if not library.exists():
+            with TemporaryDirectory(dir=BUILT) as directory:
+                compile_files(files, compiler, Path(directory)).rename(library)
     built = ctypes.CDLL(str(library))
     check_layout(built, MoeArgs, "MOE_ARGS")
     check_layout(built, RouterArgs, "ROUTER_ARGS")
     check_layout(built, DenseArgs, "DENSE_ARGS")
     return built
+
+
+def compile_files(files: Mapping[Path, Path], compiler: Sequence[str], directory: Path) -> Path:
+    """The library, in `directory`, of files by the names that they are included by. AssertionError: what g++ said."""
+    for name, path in files.items():
+        copy = directory / name
+        copy.parent.mkdir(exist_ok=True)
+        shutil.copy(path, copy)
+    running = []
+    for source in (*directory.rglob("*.cu"), directory / "entry.cpp"):
+        command = [*compiler, f"-I{directory}", "-x", "c++", "-c", source, "-o", directory / f"{source.stem}.o"]
+        running.append(subprocess.Popen(command, stderr=subprocess.PIPE, text=True))
+    for process in running:
+        _, errors = process.communicate()
+        assert process.returncode == 0, errors
+    library = directory / "emulated.so"
+    subprocess.run(["g++", "-shared", "-o", library, *directory.glob("*.o")], check=True)
+    return library
 
 
 class MoeArgs(ctypes.Structure):
@@ -81,7 +98,7 @@ class DenseArgs(ctypes.Structure):
     """DenseArgs of dense/dense.h."""
 
     _fields_ = (
-        *((name, ctypes.c_void_p) for name in ("x", "weight", "scale", "bias", "out")),
+        *((name, ctypes.c_void_p) for name in ("x", "weight", "scale", "bias", "out", "partial")),
         *((name, ctypes.c_int) for name in ("M", "N", "K")),
     )
 
@@ -136,9 +153,6 @@ class Emulated:
         workspace[: self.library.moe_kept_bytes()] = 0
         return workspace
 
-    def _launch(self) -> Callable[..., bytes | None]:
-        return self.library.moe
-
     def __call__(
         self,
         x: Tensor,
@@ -166,7 +180,7 @@ class Emulated:
             *(shape.num_experts, shape.local_experts, shape.top_k),
             shape.activation is Activation.SWIGLU_OAI,
         )
-        error = self._launch()(ctypes.byref(args), config)
+        error = self.library.moe(ctypes.byref(args), config)
         assert error is None, error
         assert self.library.early_loads() == 0, "shared memory is read while copies to it are under way"
         return out
@@ -197,7 +211,8 @@ def dense(
     x, weight = aligned(x), aligned(weight)
     out = torch.full((x.shape[0], weight.shape[0]), torch.nan, dtype=torch.bfloat16)
     library.dense.restype = ctypes.c_char_p
-    args = DenseArgs(*map(pointer, (x, weight, scale, bias, out)), x.shape[0], *weight.shape)
+    args = DenseArgs(*map(pointer, (x, weight, scale, bias, out)), None, x.shape[0], *weight.shape)
     error = library.dense(ctypes.byref(args), config)
     assert error is None, error
+    assert library.early_loads() == 0, "shared memory is read while copies to it are under way"
     return out

@@ -17,7 +17,10 @@ from vllm_mxfp4_sm120.dense.int8 import Int8Weights
 
 pytestmark = pytest.mark.skipif(shutil.which("g++") is None, reason="needs g++")
 
-CONFIGS = dict(enumerate(("bf16_tokens16", "bf16_tokens32", "int8_tokens16", "int8_tokens32")))
+STREAMING = ("bf16_tokens16", "bf16_tokens32", "int8_tokens16", "int8_tokens32")
+TILED = ("bf16_128x16", "bf16_128x32", "bf16_128x64", "bf16_128x128")
+TILED += ("int8_128x16", "int8_128x32", "int8_128x64", "int8_256x64", "int8_128x128")
+CONFIGS = dict(enumerate(STREAMING + TILED))
 EACH = pytest.mark.parametrize("config", CONFIGS, ids=list(CONFIGS.values()))
 # Against float64 on the weights as given: of BF16 the output's rounding; INT8's own error is some 0.5 %.
 TOLERANCE, TOLERANCE_OF_INT8 = 2.0e-3, 6.0e-3
@@ -30,6 +33,10 @@ def library(libraries: Callable[[int], ctypes.CDLL]) -> ctypes.CDLL:
 
 def is_int8(config: int) -> bool:
     return CONFIGS[config].startswith("int8")
+
+
+def k_multiple(config: int) -> int:
+    return 64 if CONFIGS[config] in TILED else 32
 
 
 def problem(tokens: int, rows: int, k: int, seed: int, config: int) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
@@ -51,24 +58,29 @@ def test_the_table(library: ctypes.CDLL):
     assert dense_configs(library) == list(CONFIGS.values())
     library.dense_chosen.restype = ctypes.c_char_p
     for int8, kind in ((False, "bf16"), (True, "int8")):
-        for tokens, most in ((1, 16), (16, 16), (17, 32), (32, 32), (33, 32), (256, 32)):
-            assert library.dense_chosen(int8, tokens).decode() == f"{kind}_tokens{most}"
+        for tokens, most in ((1, "tokens16"), (16, "tokens16"), (17, "tokens32"), (32, "tokens32")):
+            for k in (96, 128):
+                assert library.dense_chosen(int8, tokens, k).decode() == f"{kind}_{most}"
+        for tokens, most in ((33, "128x64"), (64, "128x64"), (65, "128x128"), (256, "128x128")):
+            assert library.dense_chosen(int8, tokens, 128).decode() == f"{kind}_{most}"
+            assert library.dense_chosen(int8, tokens, 96).decode() == f"{kind}_tokens32"
 
 
 @EACH
-@pytest.mark.parametrize("seed", range(8))
+@pytest.mark.parametrize("seed", range(5))
 def test_right(library: ctypes.CDLL, config: int, seed: int):
-    """Any number of tokens and rows, any K of so many 32; more blocks than rows, or several passes a block."""
+    """Any numbers of tokens and rows, any K; more blocks than rows, several passes a block, parts of K, and both."""
     choose = random.Random(100 * config + seed)
-    tokens = choose.choice((1, 2, 7, 8, 9, 15, 16, 17, 31, 33, 64, 70))
-    rows = choose.choice((1, 5, 8, 39, 41, 80, 133, 250))
-    k = 32 * choose.choice((1, 2, 3, 15, 16, 17, 24, 25, 49, 50))
+    tokens = choose.choice((1, 2, 7, 8, 9, 15, 16, 17, 31, 33, 64, 70, 130 if seed == 3 else 40))
+    rows = choose.choice((1, 5, 8, 39, 41, 80, 133, 250, 300))
+    k = k_multiple(config) * choose.choice((1, 2, 3, 7, 8, 9, 11, 12, 13))
     x, _, weight, scale = problem(tokens, rows, k, seed, config)
     bias = torch.randn(rows).bfloat16() if seed % 2 else None
     library.emulate([1, 2, 3, 9][seed % 4], True, seed)
     out = dense(library, config, x, weight, scale, bias).double()
-    # The weights that the kernel multiplies with, exactly.
-    exact = (weight if scale is None else Int8Weights(weight, scale).decode(dtype=torch.bfloat16)).double()
+    # What the kernel multiplies with, exactly: only the streaming ones round a weight after its scale.
+    dtype = torch.bfloat16 if CONFIGS[config] in STREAMING else torch.float64
+    exact = (weight if scale is None else Int8Weights(weight, scale).decode(dtype=dtype)).double()
     offset = torch.zeros(rows, dtype=torch.float64) if bias is None else bias.double()
     expected = x.double() @ exact.T + offset
     # Each output: half a step of BF16, and FP32 sums.
@@ -81,17 +93,23 @@ def test_error_of_a_layer(library: ctypes.CDLL, config: int):
     """Against float64 on the weights before they were quantized."""
     x, exact, weight, scale = problem(16, 200, 1600, 3, config)
     library.emulate(5, True, 0)
-    error = wrong_by(dense(library, config, x, weight, scale, None), x.double() @ exact.T)
-    assert error <= (TOLERANCE_OF_INT8 if is_int8(config) else TOLERANCE)
+    out = dense(library, config, x, weight, scale, None)
+    assert wrong_by(out, x.double() @ exact.T) <= (TOLERANCE_OF_INT8 if is_int8(config) else TOLERANCE)
+    if scale is not None and CONFIGS[config] in TILED:  # the weights' rounding to INT8 is all there is but the output's
+        decoded = Int8Weights(weight, scale).decode(dtype=torch.float64)
+        assert wrong_by(out, x.double() @ decoded.T) <= TOLERANCE
 
 
 @EACH
 def test_the_same_bits_in_any_order(library: ctypes.CDLL, config: int):
-    """However warps are scheduled, with any number of blocks, and beside any other tokens."""
+    """However warps are scheduled, whether copies land late or at once, and beside any other tokens.
+
+    With any number of blocks, too, where that says nothing of how K is split.
+    """
     x, _, weight, scale = problem(20, 100, 32 * 30, 0, config)
     outs = []
-    for seed, blocks in enumerate((3, 3, 1, 7)):
-        library.emulate(blocks, True, seed)
+    for seed, blocks in enumerate((7, 7, 7) if CONFIGS[config] in TILED else (7, 7, 1, 3)):
+        library.emulate(blocks, seed != 1, seed)
         outs.append(dense(library, config, x, weight, scale, None))
     outs.append(torch.cat([dense(library, config, x[i : i + 3], weight, scale, None) for i in range(0, 20, 3)]))
     assert all(torch.equal(out, outs[0]) for out in outs)
@@ -100,7 +118,7 @@ def test_the_same_bits_in_any_order(library: ctypes.CDLL, config: int):
 @EACH
 @pytest.mark.parametrize("value", [torch.nan, torch.inf])
 def test_what_is_not_finite_stays_with_its_token(library: ctypes.CDLL, config: int, value: float):
-    x, _, weight, scale = problem(18, 20, 96, 1, config)
+    x, _, weight, scale = problem(18, 20, 192, 1, config)
     library.emulate(2, True, 0)
     clean = dense(library, config, x, weight, scale, None)
     x[5, 40] = value
@@ -112,17 +130,17 @@ def test_what_is_not_finite_stays_with_its_token(library: ctypes.CDLL, config: i
 @EACH
 def test_nothing_beside_the_weights_is_read(library: ctypes.CDLL, config: int):
     """A token's or a row's neighbours in memory are NaN: they are never part of a sum."""
-    x, _, weight, scale = problem(3, 13, 160, 2, config)
+    x, _, weight, scale = problem(3, 13, 192, 2, config)
     x = torch.cat((x, torch.full_like(x, torch.nan)))[:3]
     library.emulate(2, True, 0)
     expected = dense(library, config, x, weight, scale, None)
-    wide = torch.full((2 * len(weight), 160), 127, dtype=weight.dtype)
+    wide = torch.full((2 * len(weight), 192), 127, dtype=weight.dtype)
     wide[: len(weight)] = weight
     assert torch.equal(dense(library, config, x, wide[: len(weight)], scale, None), expected)
     assert expected.isfinite().all()
 
 
-@pytest.mark.parametrize("config", [2, 3], ids=["int8_tokens16", "int8_tokens32"])
+@pytest.mark.parametrize("config", [number for number in CONFIGS if is_int8(number)])
 def test_every_int8_is_itself(library: ctypes.CDLL, config: int):
     """Each code from -127 to 127 times a few scales, one at a time: the output is the product, rounded once."""
     codes = torch.arange(-127, 128, dtype=torch.int8)

@@ -47,6 +47,10 @@ def refusal(**changes):
     except RuntimeError as error:
         return str(error)
 print(refusal(config=1), refusal(config=1, **many))
+for index, config in enumerate(library.configurations()):  # Python's view of the limits is the library's
+    for tokens in (3, 12):
+        call = {name: tensor[:tokens] for name, tensor in many.items()}
+        assert (refusal(config=index, **call) is None) == config.takes(tokens, 2, 64)
 print(refusal(config=2))
 print(refusal(x=x.float()))
 print(refusal(w2=prepared["w2"].view(torch.int8)))
@@ -160,10 +164,15 @@ print(refusal(x, weight, None, scale))
 print(refusal(x, codes, None, scale.T.contiguous()))
 print(refusal(x, weight[:, :32].contiguous()))
 print(refusal(x, weight, bias[:4]))
+print(refusal(x, weight, bias, None, 3))
+print(refusal(x, codes, bias, scale, -2))
+print(refusal(x, weight, bias, None, 1))
+print(refusal(x[:, :32].contiguous(), codes[:, :32].contiguous(), None, scale[:, :1].contiguous(), 2))
+print(native.linear(x.repeat(9, 1), codes, bias, scale, 2).shape)
 op = torch.ops.mxfp4_sm120.dense_linear.default
 for tokens in (0, 3):
     torch.library.opcheck(op, (x[:tokens], weight, None, bias))
-    torch.library.opcheck(op, (x[:tokens], codes, scale, None))
+    torch.library.opcheck(op, (x[:tokens], codes, scale, None, 2))
 compiled = torch.compile(lambda x: native.linear(x * 2, codes, bias, scale) + 1, fullgraph=True, backend="aot_eager")
 print(bool((compiled(x) == 1).all()), tuple(compiled(x).shape))
 """,
@@ -179,5 +188,10 @@ print(bool((compiled(x) == 1).all()), tuple(compiled(x).shape))
         "mxfp4_sm120: scale has shape [2, 5], expected [5, 2]",
         "mxfp4_sm120: weight has shape [5, 32], expected [5, 64]",
         "mxfp4_sm120: bias has shape [4], expected [5]",
+        "mxfp4_sm120: config is 3, expected 0 to 2, or -1 for the first that fits",
+        "mxfp4_sm120: config is -2, expected 0 to 2, or -1 for the first that fits",
+        "mxfp4_sm120: config is 1, expected another: int8_zeros takes int8 weights, not bfloat16",
+        "mxfp4_sm120: config is 2, expected another: int8_zeros64 takes multiples of 64 columns, not 32",
+        "torch.Size([27, 5])",
         "True (3, 5)",
     ]

@@ -105,9 +105,8 @@ MUTATIONS = (
 
 def build_with_faults(directory: Path) -> ctypes.CDLL:
     """The kernels with all of these; `switch_on` chooses."""
-    csrc, built = directory / "csrc", directory / "built"
+    csrc = directory / "csrc"
     shutil.copytree(CSRC, csrc)
-    built.mkdir()
     for number, mutation in reversed([*enumerate(MUTATIONS)]):  # longer ones before those that they contain
         path = csrc / mutation.module
         text = path.read_text()
@@ -119,7 +118,7 @@ def build_with_faults(directory: Path) -> ctypes.CDLL:
             else f"({on} ? ({mutation.new}) : ({mutation.old}))"
         )
         path.write_text(text.replace(mutation.old, either))
-    return build(built, csrc)
+    return build(csrc)
 
 
 def switch_on(library: ctypes.CDLL, mutation: Mutation | None) -> None:

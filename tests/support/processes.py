@@ -20,9 +20,9 @@ def processes(mark: str) -> list[int]:
     return found
 
 
-def wait_until(true: Callable[[], object], seconds: float) -> None:
-    """Returns once `true()` is; AssertionError after `seconds`."""
-    end = time.monotonic() + seconds
+def wait_until(true: Callable[[], object]) -> None:
+    """Returns once `true()` is; AssertionError after a minute, which is for machines with much else to do."""
+    end = time.monotonic() + 60
     while not true():
         assert time.monotonic() < end
         time.sleep(0.05)

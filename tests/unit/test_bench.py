@@ -187,10 +187,18 @@ def test_what_a_walk_leaves_unwritten_is_noticed() -> None:
     """A kernel that writes half of its output, into memory where the right answer of an earlier call still lies."""
     right = torch.randn(4, 8)
     kept = right.clone()
-    lazy = timing.Walk(lambda: kept[:2].copy_(right[:2]), 1, lambda: [kept])
+    lazy = timing.Walk(lambda: kept[:2].copy_(right[:2]), 1, [kept])
     judge = models.Judge(torch.tensor([0, 1]), right[:2].double())
     with pytest.raises(measure.Wrong, match="relative error nan"):
         measure.checked(lazy, judge, 1e-2)
+
+
+def test_of_several_kernels_the_fastest_is_timed() -> None:
+    def way(seconds: float, answer: float) -> list:
+        return [lambda: (time.sleep(seconds), torch.tensor([answer]))[1]] * 2
+
+    [call, _] = measure.fastest([way(0.01, 1.0), way(0.0, 2.0), way(0.02, 3.0)], CPU, capture=False)
+    assert call() == 2.0
 
 
 def test_the_limit() -> None:

@@ -81,7 +81,7 @@ def test_error_is_that_of_the_values() -> None:
     assert (Error().relative_rms, Error().sqnr_db) == (0.0, float("inf"))
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=200)
 @given(
     st.lists(st.integers(0, 255), min_size=16, max_size=16),
     st.integers(0, mxfp4.MAX_FINITE_SCALE),

@@ -64,11 +64,11 @@ def test_it_ends_with_its_parent(number, tmp_path):
     name, value = mark.split("=")
     parent = start(code, tmp_path, STARTED=str(started), **{name: value})
     try:
-        wait_until(started.exists, 60)
+        wait_until(started.exists)
         assert len(processes(mark)) >= 3  # parent, child, what the child started
         parent.send_signal(number)
-        parent.wait(30)
-        wait_until(lambda: not processes(mark), 10)
+        parent.wait(60)
+        wait_until(lambda: not processes(mark))
     finally:
         parent.kill()
         parent.communicate()

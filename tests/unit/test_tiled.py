@@ -101,7 +101,7 @@ def assert_close(answer: Tensor, expected: Tensor) -> None:
     assert (errors < 1e-2).all() and rms(errors) < 3e-3
 
 
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=100)
 @given(problems(), st.sampled_from([(360, 2880), (32, 32), (48, 64), (7, 96)]))
 def test_tiled_is_the_reference(problem, tile):
     weights, x, ids, gates, expert_map = problem.tensors()
@@ -110,7 +110,7 @@ def test_tiled_is_the_reference(problem, tile):
         assert_close(run(Tiled, problem.shape, weights, x, ids, gates, expert_map), expected)
 
 
-@settings(max_examples=50, deadline=None)
+@settings(max_examples=50)
 @given(problems())
 def test_weight_only_is_the_upcast_within_bf16_rounding(problem):
     """A rounding is off by 2^-8 of a value at most. The upcast has two more, one for each matmul; both end with one."""

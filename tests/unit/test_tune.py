@@ -280,7 +280,7 @@ def test_a_folder_that_cannot_be_written(here, home: Path, monkeypatch, capsys: 
     monkeypatch.setattr(tune.os, "access", lambda path, mode: False)
     assert main(["tune"]) == 1 and clock.asked == []
     assert "can't be written: set XDG_CONFIG_HOME, or give --dry-run" in capsys.readouterr().err
-    monkeypatch.setattr(tuning.platformdirs, "user_config_path", lambda *_, **__: Path("~/.config/x"))
+    monkeypatch.setattr("platformdirs.user_config_path", lambda *_, **__: Path("~/.config/x"))
     assert main(["tune"]) == 1 and "this user has no home directory to keep a rule in" in capsys.readouterr().err
 
 

@@ -83,7 +83,7 @@ def test_a_users_file_that_does_not_fit_is_ignored_with_one_line(
 
 
 def test_without_a_home_directory(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(tuning.platformdirs, "user_config_path", lambda *_, **__: Path("~/.config/x"))
+    monkeypatch.setattr("platformdirs.user_config_path", lambda *_, **__: Path("~/.config/x"))
     assert tuning.user_path(CARD) is None and find().rule == SHIPPED and tuning.files()
 
 

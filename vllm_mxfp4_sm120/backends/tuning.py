@@ -18,8 +18,6 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
-import platformdirs
-
 from vllm_mxfp4_sm120 import config_path
 from vllm_mxfp4_sm120.log import logger
 
@@ -72,6 +70,8 @@ def file_name(card: str) -> str:
 
 def user_path(card: str) -> Path | None:
     """Where `mxfp4-sm120 tune` puts a card's file; None for a user without a home directory."""
+    import platformdirs  # not needed to load the library
+
     folder = platformdirs.user_config_path("vllm_mxfp4_sm120") / "tuning"
     return folder / file_name(card) if folder.is_absolute() else None
 

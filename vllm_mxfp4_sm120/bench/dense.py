@@ -5,6 +5,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -32,6 +33,8 @@ class Kind:
     weight_bytes: float
     tolerance: float | None
     on_cpu: bool = False
+    # Of an inner size K: the kernels to choose the fastest from at each size, a keyword argument of the linear.
+    kernels: Callable[[int], list[int]] = lambda k: []
 
 
 def torch_bf16(weight: Tensor) -> Linear:
@@ -46,13 +49,19 @@ def torch_int8(weight: Tensor) -> Linear:
 
 def native_bf16(weight: Tensor) -> Linear:
     library.load()
-    return lambda x: native.linear(x, weight)
+    return partial(native.linear, weight=weight)
 
 
 def native_int8(weight: Tensor) -> Linear:
     library.load()
     encoded = Int8Weights.quantize(weight)
-    return lambda x: native.linear(x, encoded.codes, scale=encoded.scales)
+    return partial(native.linear, weight=encoded.codes, scale=encoded.scales)
+
+
+def native_kernels(int8: bool, k: int) -> list[int]:
+    """The library's kernels that take such weights."""
+    table = enumerate(native.configurations())
+    return [number for number, config in table if config.int8 == int8 and k % config.k_multiple == 0]
 
 
 def vllm_marlin(kind: str) -> Callable[[Tensor], Linear]:
@@ -99,8 +108,8 @@ def vllm_cutlass_fp8(weight: Tensor) -> Linear:
 KINDS = (
     Kind("torch-bf16", torch_bf16, BF16_BYTES, 1e-2, on_cpu=True),
     Kind("torch-int8", torch_int8, INT8_BYTES, 2e-2, on_cpu=True),
-    Kind("native-bf16", native_bf16, BF16_BYTES, 1e-2),
-    Kind("native-int8", native_int8, INT8_BYTES, 2e-2),
+    Kind("native-bf16", native_bf16, BF16_BYTES, 1e-2, kernels=partial(native_kernels, False)),
+    Kind("native-int8", native_int8, INT8_BYTES, 2e-2, kernels=partial(native_kernels, True)),
     Kind("vllm-marlin-int8", vllm_marlin("int8"), INT8_BYTES, None),
     Kind("vllm-marlin-fp8", vllm_marlin("fp8"), FP8_BYTES, None),
     Kind("vllm-cutlass-fp8", vllm_cutlass_fp8, FP8_BYTES, 6e-2),

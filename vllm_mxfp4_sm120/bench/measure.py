@@ -44,7 +44,7 @@ class Candidate:
     """One column: a call for each layer that is walked over, given the inputs of a size."""
 
     name: str
-    calls: Callable[[Inputs], list[Callable[[], Tensor]]]
+    calls: Callable[[Inputs], Sequence[Callable[[], Tensor]]]
     tolerance: float | None
     capture: bool
 
@@ -68,6 +68,17 @@ def time_row(
             table.errors[candidate.name] = max(error, table.errors.get(candidate.name, 0.0))
     times = timing.medians({name: walk.run for name, walk in ready.items()}, device, REPEATS[device.type])
     return {name: time / ready[name].calls for name, time in times.items()}
+
+
+def fastest(
+    ways: Sequence[Sequence[Callable[[], Tensor]]], device: torch.device, capture: bool
+) -> Sequence[Callable[[], Tensor]]:
+    """Of several ways to make the same calls, by a few replays: which kernel of a table is served is chosen so, too."""
+    if len(ways) == 1:
+        return ways[0]
+    walks = {str(number): timing.walk_over(calls, capture=capture) for number, calls in enumerate(ways)}
+    times = timing.medians({number: walk.run for number, walk in walks.items()}, device, 3)
+    return ways[int(min(times, key=times.__getitem__))]
 
 
 def walks_of(layers: int, tokens: int, device: torch.device) -> int:
@@ -126,12 +137,14 @@ def dense_table(bench: Bench, model: Model, layer: str, tokens: Sequence[int], n
     def candidate(name: str) -> Candidate:
         kind = kinds[name] = dense.kind(name, bench.machine)
         linears = [kind.make(weight) for weight in weights]
-        return Candidate(
-            name,
-            lambda inputs: [partial(linear, inputs.x) for linear in linears],
-            kind.tolerance,
-            device.type == "cuda",
-        )
+        choices: list[dict[str, int]] = [{"kernel": kernel} for kernel in kind.kernels(k)] or [{}]
+        capture = device.type == "cuda"
+
+        def calls(inputs: Inputs) -> Sequence[Callable[[], Tensor]]:
+            ways = [[partial(linear, inputs.x, **choice) for linear in linears] for choice in choices]
+            return fastest(ways, device, capture)
+
+        return Candidate(name, calls, kind.tolerance, capture)
 
     candidates = _made(names, candidate, bench, table, layer)
     limits = {name: _limit_name(kinds[name].weight_bytes) for name in table.compared}

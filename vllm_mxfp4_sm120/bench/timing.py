@@ -10,6 +10,7 @@ import statistics
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cache
 
 import torch
 from torch import Tensor
@@ -22,23 +23,27 @@ Call = Callable[[], object]
 class Walk:
     """A pass over several layers' weights, so that no cache holds the next call's: `run` makes `calls` of them.
 
-    `outputs` gives the last pass's answers, a layer each.
+    `outputs` are the last pass's answers, a layer each.
     """
 
     run: Call
     calls: int
-    outputs: Callable[[], Sequence[Tensor]]
+    outputs: list[Tensor]
 
-    def answers(self) -> Sequence[Tensor]:
+    def answers(self) -> list[Tensor]:
         """Run once, with NaN where the answers of the last run lay, so that what isn't written is noticed."""
-        for output in self.outputs():
+        for output in self.outputs:
             output.fill_(torch.nan)
         self.run()
-        return self.outputs()
+        return self.outputs
 
 
 def walk_over(layers: Sequence[Callable[[], Tensor]], walks: int = 1, capture: bool = False) -> Walk:
-    """A walk over all layers, so many times; with `capture`, as a CUDA graph."""
+    """A walk over all layers, so many times; with `capture`, as a CUDA graph.
+
+    All graphs take their memory from one pool, and reuse what the others have let go of: fine for graphs that never run
+    at once and hand nothing on. Whoever keeps many of them clears their outputs.
+    """
     outputs: list[Tensor] = []
 
     def run() -> None:
@@ -46,16 +51,32 @@ def walk_over(layers: Sequence[Callable[[], Tensor]], walks: int = 1, capture: b
             outputs[:] = [layer() for layer in layers]
 
     if not capture:
-        return Walk(run, walks * len(layers), lambda: outputs)
-    stream = torch.cuda.Stream()
+        return Walk(run, walks * len(layers), outputs)
+    stream = _warm_up_stream(torch.cuda.current_device())
     stream.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(stream):
         run()
     torch.cuda.synchronize()
+    outputs.clear()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph, pool=_first_graph(torch.cuda.current_device()).pool()):
+        run()
+    return Walk(graph.replay, walks * len(layers), outputs)
+
+
+@cache
+def _warm_up_stream(device: int) -> torch.cuda.Stream:
+    """One for all graphs: the native library keeps a workspace for each stream that it has ever seen."""
+    return torch.cuda.Stream(device)
+
+
+@cache
+def _first_graph(device: int) -> torch.cuda.CUDAGraph:
+    """Its pool is that of all others. It stays, for a pool whose last graph is gone can't be captured into again."""
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
-        run()
-    return Walk(graph.replay, walks * len(layers), lambda: outputs)
+        torch.zeros(1, device=f"cuda:{device}")
+    return graph
 
 
 def interleaved(calls: Mapping[str, Call], device: torch.device, repeats: int) -> dict[str, list[float]]:

@@ -8,6 +8,7 @@ import json
 import shlex
 import sys
 from collections.abc import Sequence
+from contextlib import redirect_stdout
 from pathlib import Path
 
 import torch
@@ -61,7 +62,8 @@ def run(args: argparse.Namespace) -> int:
     if reason := machine.why_unsupported():
         raise RuntimeError(reason)
     try:
-        rates, tables = examine(args, machine, layers, wanted, tokens)
+        with redirect_stdout(sys.stderr):  # what libraries print; stdout is for the report
+            rates, tables = examine(args, machine, layers, wanted, tokens)
     except KeyboardInterrupt:
         print("mxfp4-sm120 bench: stopped, nothing was written", file=sys.stderr)
         return 130
@@ -88,6 +90,8 @@ def examine(
     with progress("measuring", quiet=args.json, unit="sizes") as step:
         step("the machine", 0, 1)
         device = proof.device(machine)
+        if not on_cpu:
+            torch.cuda.set_device(device)
         rates = limits.measured(device)
         bench = Bench(machine, device, rates, where(machine), command(args), step)
         tables = []
@@ -118,8 +122,8 @@ def show(rates: Rates, tables: Sequence[Table], machine: Machine) -> None:
     if machine.capability is None:
         console.print("no NVIDIA GPU: these are the CPU's paths, which say nothing about any card")
     for table in tables:
-        console.print()
-        drawn = RichTable(title=table.what, title_justify="left", box=None, pad_edge=False)
+        console.print(Text(f"\n{table.what}"))
+        drawn = RichTable(box=None, pad_edge=False)
         for column in table.columns:
             drawn.add_column(column, justify="right", no_wrap=True)
         for row in table.rows:

@@ -22,7 +22,9 @@ from vllm_mxfp4_sm120.backends.native import tuning as native_tuning
 from vllm_mxfp4_sm120.checkpoint import Sizes, published_config
 from vllm_mxfp4_sm120.cli import surroundings
 from vllm_mxfp4_sm120.cli.surroundings import Attention, Python
+from vllm_mxfp4_sm120.dense import plan
 from vllm_mxfp4_sm120.fit import Memory
+from vllm_mxfp4_sm120.platform import Machine
 
 MODELS = ("gpt-oss-20b", "gpt-oss-120b")
 DISTRIBUTIONS = {"vLLM": "vllm", "FlashInfer": "flashinfer-python", "Triton": "triton"}
@@ -63,6 +65,7 @@ class Report:
     tuning: dict[str, str] = field(default_factory=dict)  # the file of each card's rule, by whose kernels and card
     backends: list[BackendReport] = field(default_factory=list)
     chosen: dict[str, str | None] = field(default_factory=dict)
+    linears: dict[str, str] = field(default_factory=dict)  # which linear answers, by layer
     weights: dict[str, int] = field(default_factory=dict)  # bytes of a model's, packed
     free: int = 0  # bytes of the machine's memory
     pythons: list[Python] = field(default_factory=list)
@@ -114,6 +117,7 @@ def examine(prove: bool = True) -> Report:
         except ValueError as error:
             report.chosen[model] = None
             report.notes.append(f"{model}: {error}")
+    report.linears = linears(machine, request.proof)
     report.flags = {
         setting.name: os.environ[setting.name] for setting in settings.TABLE if os.environ.get(setting.name)
     }
@@ -132,6 +136,16 @@ def look_at_tuning(report: Report) -> None:
             report.tuning[f"{name} on {card}"] = str(found.path)
             if found.ignored is not None:
                 report.notes.append(found.ignored)
+
+
+def linears(machine: Machine, prove: bool) -> dict[str, str]:
+    """By layer, the same in all MODELS: which linear answers at which sizes, and why."""
+    kind = settings.DENSE.get()
+    if kind == "off":
+        return {"linear layers": "vLLM's own (dense is off)"}
+    layers = plan.shapes(published_config(MODELS[0]), 1, kind == "int8")
+    made = plan.make(layers, machine, prove)
+    return {f"{name} {shape}": made.text(shape) for name, shape in layers.items()}
 
 
 def look_around(report: Report, ask_vllm: bool) -> None:
@@ -186,6 +200,8 @@ def lines(report: Report) -> Iterator[str]:
     for model, name in report.chosen.items():
         yield f"{model:24}{name or 'none: see below'}"
         yield f"{'':24}{memory_beside(report, model)}"
+    for layer, answers in report.linears.items():
+        yield f"{layer:24}{answers}"
     for flag, value in report.flags.items():
         yield f"{flag}={value}"
     yield from report.notes

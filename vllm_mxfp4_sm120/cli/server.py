@@ -8,6 +8,7 @@ import errno
 import http.client
 import json
 import os
+import random
 import re
 import shutil
 import socket
@@ -18,7 +19,7 @@ import time
 import urllib.error
 import urllib.request
 from collections.abc import Sequence
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NoReturn
@@ -28,6 +29,8 @@ from vllm_mxfp4_sm120.lifeline import tied
 HOST = "127.0.0.1"
 # A server listens there on all addresses; who asks it takes the loopback's.
 LOOPBACK = {"0.0.0.0": "127.0.0.1", "::": "::1", "": "127.0.0.1"}
+# Below those that systems deal out to clients, of which one could take a port while its server starts.
+SERVERS_PORTS = range(20_000, 32_768)
 SECONDS_TO_END = 20.0  # vLLM needs some to end its engine after SIGINT
 # The line that quantization/fused_moe.py logs in the process that holds the layers.
 ANSWERED_BY = re.compile(r"mxfp4_sm120: (MXFP4 experts on .*)")
@@ -237,7 +240,10 @@ def check_port(host: str, port: int) -> None:
 
 
 def free_port(host: str = HOST) -> int:
-    """A port that nobody listens on now."""
+    """A port that nobody listens on now. Raises OSError if the host is none of this machine's."""
+    for port in random.SystemRandom().sample(SERVERS_PORTS, 16):
+        with suppress(OSError):
+            return _bind(host, port)
     return _bind(host, 0)
 
 

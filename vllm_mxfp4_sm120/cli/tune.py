@@ -8,6 +8,7 @@ import json
 import os
 import sys
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import redirect_stdout
 from pathlib import Path
 from typing import Any
 
@@ -54,7 +55,7 @@ def run(args: argparse.Namespace) -> int:
     if args.again:
         notes.forget()
     try:
-        with progress("tuning", quiet=args.json, unit="sizes") as show:
+        with progress("tuning", quiet=args.json, unit="sizes") as show, redirect_stdout(sys.stderr):
             outcomes = session.run(jobs, timer, notes, show)
     except KeyboardInterrupt:
         kept = "nothing was kept"
@@ -84,7 +85,8 @@ def bench(args: argparse.Namespace) -> tuple[str, list[Job], Timer]:
         reason = f"the CUDA library is a stub: {library.REMEDY}"
     if reason is not None:
         raise RuntimeError(f"nothing can be tuned: {reason}")
-    return machine.name, gpu.jobs(machine.name, models), gpu.OnGpu(proof.device(machine))
+    torch.cuda.set_device(device := proof.device(machine))
+    return machine.name, gpu.jobs(machine.name, models), gpu.OnGpu(device)
 
 
 def target(card: str) -> Path:

@@ -15,7 +15,9 @@ from torch.nn import functional
 
 BLOCK = 32  # values along K that share a scale
 LARGEST = 127  # -128 is left out, so that codes are symmetric
-# Values that are decoded, or encoded, at once: 32 MiB of BF16, so that lm_head's 1.1 GiB never are.
+# Values that are decoded, or encoded, at once: 32 MiB of BF16, so that lm_head's 1.1 GiB never are. torch's allocator
+# gives them, and again to the next layer on the same stream: one such block for each, and in a CUDA graph's pool, which
+# vLLM counts when it measures what computing takes.
 DECODED = 1 << 24
 ENCODED = 1 << 19  # in FP32, with two copies: 6 MiB
 
@@ -48,9 +50,10 @@ class Int8Weights:
 
     def decode(self, rows: slice | Tensor = slice(None), dtype: torch.dtype = torch.float32) -> Tensor:
         """[rows, K] in that dtype; products are rounded once."""
-        blocks = self.codes[rows].unflatten(-1, (-1, BLOCK))
-        decoded: Tensor = (blocks * self.scales[rows].float().unsqueeze(-1)).flatten(-2)
-        return decoded.to(dtype)
+        blocks, scales = self.codes[rows].unflatten(-1, (-1, BLOCK)), self.scales[rows].unsqueeze(-1)
+        # To BF16 in one kernel, that reads codes and writes weights and nothing else: torch multiplies in FP32.
+        decoded: Tensor = blocks * (scales if dtype == torch.bfloat16 else scales.float())
+        return decoded.flatten(-2).to(dtype)
 
     def linear(self, x: Tensor, bias: Tensor | None = None) -> Tensor:
         """x W^T + bias: x [..., K] -> [..., N], in the dtype of x, decoding at most `DECODED` weights at once."""

@@ -9,6 +9,8 @@ from functools import lru_cache
 import torch
 from torch import Tensor
 
+FIRST_FIT = -1  # of the kernels, the first that takes all tokens at once
+
 
 @dataclass(frozen=True)
 class DenseConfiguration:
@@ -17,6 +19,7 @@ class DenseConfiguration:
     name: str
     int8: bool
     tokens: int  # that share one reading of the weights; more are taken in groups of so many
+    k_multiple: int  # K must be one of it
     threads: int
     shared_bytes: int
 
@@ -35,11 +38,13 @@ def max_tokens() -> int:
     return tokens
 
 
-def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None, scale: Tensor | None = None) -> Tensor:
+def linear(
+    x: Tensor, weight: Tensor, bias: Tensor | None = None, scale: Tensor | None = None, kernel: int = FIRST_FIT
+) -> Tensor:
     """x bf16 [M, K], weight bf16 [N, K] or int8 with scale bf16 [N, K/32] (`Int8Weights`), bias bf16 [N] -> [M, N].
 
-    K is a multiple of 32 and M at most `max_tokens()`. Sums are FP32 in a fixed order, rounded once; a scaled INT8
-    weight is rounded to BF16 first. Raises RuntimeError, in one line, for anything else.
+    K is a multiple of 32 and M at most `max_tokens()`. `kernel` is a place in `configurations()`. Sums are FP32 in a
+    fixed order, rounded once. Raises RuntimeError, in one line, for anything else.
     """
-    out: Tensor = torch.ops.mxfp4_sm120.dense_linear(x, weight, scale, bias)
+    out: Tensor = torch.ops.mxfp4_sm120.dense_linear(x, weight, scale, bias, kernel)
     return out

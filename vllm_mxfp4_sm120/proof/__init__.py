@@ -8,12 +8,16 @@ is tried in place.
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+
 from vllm_mxfp4_sm120 import settings
 from vllm_mxfp4_sm120.backends.base import Backend
 from vllm_mxfp4_sm120.cache import cache_dir
 from vllm_mxfp4_sm120.moe import MoEShape
 from vllm_mxfp4_sm120.platform import Machine
-from vllm_mxfp4_sm120.proof.child import solve_in_child
+from vllm_mxfp4_sm120.proof.child import run_in_child, solve_in_child
 from vllm_mxfp4_sm120.proof.problem import (
     EXPERTS,
     TOKENS,
@@ -25,7 +29,7 @@ from vllm_mxfp4_sm120.proof.problem import (
     random_weights,
     solve,
 )
-from vllm_mxfp4_sm120.proof.record import forget, recall, record_path, remember, turn, version
+from vllm_mxfp4_sm120.proof.record import forget, path_for, recall, record_path, remember, turn, version
 
 __all__ = [
     "EXPERTS",
@@ -34,6 +38,8 @@ __all__ = [
     "cache_dir",
     "device",
     "forget",
+    "once",
+    "path_for",
     "problem_shape",
     "random_inputs",
     "random_router",
@@ -41,6 +47,7 @@ __all__ = [
     "recall",
     "record_path",
     "remember",
+    "run_in_child",
     "solve",
     "solve_in_child",
     "version",
@@ -56,13 +63,23 @@ def why_not(backend: type[Backend], machine: Machine, shape: MoEShape) -> str | 
     if not backend.compiled:
         return solve(backend, problem_shape(machine, shape), device(machine)).reason
     seconds = settings.PROOF_SECONDS.get()
-    record = record_path(backend, machine, shape)
+    return once(
+        record_path(backend, machine, shape),
+        lambda: solve_in_child(backend, problem_shape(machine, shape), device(machine), seconds),
+        seconds,
+    ).reason
+
+
+def once(record: Path | None, solve: Callable[[], Proof], seconds: float) -> Proof:
+    """What is remembered; else what `solve` finds, in one process of a machine at a time, which is remembered then."""
     known = recall(record)
     if known is None:
         with turn(record, seconds):
             known = recall(record)  # of the process that was waited for
             if known is None:
-                proof = solve_in_child(backend, problem_shape(machine, shape), device(machine), seconds)
+                proof = solve()
                 remember(record, proof)
-                return proof.reason
-    return known.reason and f"{known.reason} (remembered; `mxfp4-sm120 doctor --forget` tries again)"
+                return proof
+    if known.reason is None:
+        return known
+    return replace(known, reason=f"{known.reason} (remembered; `mxfp4-sm120 doctor --forget` tries again)")

@@ -8,6 +8,7 @@ import os
 import signal
 import subprocess
 import sys
+from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -18,17 +19,26 @@ from vllm_mxfp4_sm120 import settings
 from vllm_mxfp4_sm120.backends.base import Backend
 from vllm_mxfp4_sm120.lifeline import tied
 from vllm_mxfp4_sm120.moe import MoEShape
-from vllm_mxfp4_sm120.proof.problem import Proof
+from vllm_mxfp4_sm120.proof.problem import Proof, solve_named
 
 SCRIPT = Path(__file__).with_name("child_main.py")
 
 
 def solve_in_child(backend: type[Backend], shape: MoEShape, device: torch.device | str, seconds: float) -> Proof:
-    """Run the problem in a process of its own. It ends with this one, however this one ends."""
-    task = {
+    """Run a backend's problem in a process of its own."""
+    arguments = {
         "backend": f"{backend.__module__}:{backend.__qualname__}",
         "shape": asdict(shape),
         "device": str(device),
+    }
+    return run_in_child(solve_named, arguments, seconds)
+
+
+def run_in_child(solver: Callable[..., Proof], arguments: dict[str, Any], seconds: float) -> Proof:
+    """`solver(**arguments)`, which JSON can hold, in a process that ends with this one, however this one ends."""
+    task = {
+        "solver": f"{solver.__module__}:{solver.__qualname__}",
+        "arguments": arguments,
         "path": import_path(),
     }
     options: dict[str, Any] = {

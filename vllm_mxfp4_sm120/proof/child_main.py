@@ -30,15 +30,8 @@ def load_package() -> None:
 
 def solve(task: dict[str, Any]) -> dict[str, Any]:
     """The task's outcome, as a dictionary of `Proof`."""
-    from vllm_mxfp4_sm120 import proof
-    from vllm_mxfp4_sm120.moe import Activation, MoEShape
-
-    module, name = task["backend"].split(":")
-    backend: Any = importlib.import_module(module)
-    for part in name.split("."):
-        backend = getattr(backend, part)
-    shape = MoEShape(**task["shape"] | {"activation": Activation(task["shape"]["activation"])})
-    return asdict(proof.solve(backend, shape, task["device"]))
+    module, _, name = task["solver"].partition(":")
+    return asdict(getattr(importlib.import_module(module), name)(**task["arguments"]))
 
 
 def main(task: dict[str, Any]) -> None:

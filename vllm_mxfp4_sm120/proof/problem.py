@@ -4,7 +4,8 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
+from importlib import import_module
 from typing import Any
 
 import torch
@@ -12,7 +13,7 @@ from torch import Tensor
 
 from vllm_mxfp4_sm120 import settings
 from vllm_mxfp4_sm120.backends.base import Backend
-from vllm_mxfp4_sm120.moe import MoEShape, MoEWeights, reference, topk_softmax
+from vllm_mxfp4_sm120.moe import Activation, MoEShape, MoEWeights, reference, topk_softmax
 from vllm_mxfp4_sm120.platform import Machine, current_gpu
 
 # One token and more (decoding: all tokens as columns, then gathered), then 12 to 140 tokens an expert on average for
@@ -37,11 +38,19 @@ class Proof:
     """The outcome: `reason` is None if the answers were right.
 
     `final` is True for what will be the same next time: right numbers, wrong numbers, a missing kernel. Everything else
-    (no memory, a busy GPU, no answer in time) may go away by itself.
+    (no memory, a busy GPU, no answer in time) may go away by itself. `found` is what else was found, as JSON.
     """
 
     reason: str | None
     final: bool = True
+    found: Any = field(default=None, repr=False)
+
+    @classmethod
+    def of_error(cls, error: Exception) -> Proof:
+        """Whatever a kernel raises is the reason not to use it."""
+        first_line = next(iter(str(error).strip().splitlines()), "")
+        final = any(words in str(error) for words in MISSING_KERNEL)
+        return cls(f"{type(error).__name__}: {first_line}"[:300], final)
 
 
 def problem_shape(machine: Machine, shape: MoEShape) -> MoEShape:
@@ -149,8 +158,15 @@ def solve(backend: type[Backend], shape: MoEShape, device: torch.device | str) -
                 if not error <= backend.tolerance:  # NaN fails too
                     at = f"{error:.2g} at {tokens} tokens, {path}"
                     return Proof(f"wrong numbers: relative error {at}, expected at most {backend.tolerance}")
-    except Exception as error:  # whatever a backend raises is the reason not to use it
-        first_line = next(iter(str(error).strip().splitlines()), "")
-        reason = f"{type(error).__name__}: {first_line}"[:300]
-        return Proof(reason, final=any(words in str(error) for words in MISSING_KERNEL))
+    except Exception as error:
+        return Proof.of_error(error)
     return Proof(None)
+
+
+def solve_named(backend: str, shape: dict[str, Any], device: str) -> Proof:
+    """`solve` for what a JSON text can hold: "module:Class" and a shape's fields."""
+    module, _, qualname = backend.partition(":")
+    found: Any = import_module(module)
+    for part in qualname.split("."):
+        found = getattr(found, part)
+    return solve(found, MoEShape(**shape | {"activation": Activation(shape["activation"])}), device)

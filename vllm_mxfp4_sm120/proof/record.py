@@ -37,21 +37,25 @@ LARGEST = 1 << 16  # bytes of a record: they are some hundred
 
 
 def record_path(backend: type[Backend], machine: Machine, shape: MoEShape) -> Path | None:
-    """The file that remembers this proof, None where there is no place for it."""
+    """The file that remembers a backend's proof, None where there is no place for it."""
+    problem = (backend.__module__, backend.__qualname__, asdict(problem_shape(machine, shape)))
+    return path_for(backend.name, machine, problem, getattr(sys.modules[backend.__module__], "__file__", None))
+
+
+def path_for(name: str, machine: Machine, problem: object, source: str | None = None) -> Path | None:
+    """The file that remembers how a problem went, which JSON can describe; `source` is code beside this package's."""
     if (folder := cache_dir()) is None:
         return None
     facts = (
-        backend.__module__,
-        backend.__qualname__,
+        problem,
         __version__,
-        _source_digest(backend, machine),
+        _source_digest(machine, source),
         driver(),
         asdict(machine),
-        asdict(problem_shape(machine, shape)),
         {name: version(name) for name in ("torch", "triton", "flashinfer-python", "flashinfer-cubin")},
     )
     digest = hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()
-    return folder / "proofs" / f"{backend.name}-{digest[:24]}.json"
+    return folder / "proofs" / f"{name}-{digest[:24]}.json"
 
 
 def recall(record: Path | None) -> Proof | None:
@@ -70,10 +74,12 @@ def recall(record: Path | None) -> Proof | None:
         if distrusted := owner_trouble(real, state) or others_may_write(record.parent) or others_may_write(real.parent):
             _say(distrusted)
             return None
-        reason = json.loads(text)["reason"]
+        known = json.loads(text)
+        reason, found = known["reason"], known.get("found")
     except (OSError, ValueError, KeyError, TypeError, RuntimeError):  # RuntimeError: links or braces without end
         return None
-    return Proof(reason) if reason is None or (isinstance(reason, str) and reason.isprintable()) else None
+    readable = reason is None or (isinstance(reason, str) and reason.isprintable())
+    return Proof(reason, found=found) if readable else None
 
 
 def remember(record: Path | None, proof: Proof) -> None:
@@ -153,7 +159,7 @@ def version(distribution: str) -> str | None:
         return None
 
 
-def _source_digest(backend: type[Backend], machine: Machine) -> str:
+def _source_digest(machine: Machine, source: str | None) -> str:
     """Of everything in this package that the outcome depends on: code, compiled libraries, which kernel when."""
     digest = hashlib.sha256()
     root = Path(__file__).parents[1]
@@ -162,7 +168,6 @@ def _source_digest(backend: type[Backend], machine: Machine) -> str:
     with suppress(PermissionError):  # not loaded then, and its backend says why
         if cached := library.cached(machine.capability):
             digest.update(cached.read_bytes())
-    module = getattr(sys.modules[backend.__module__], "__file__", None)
-    if module is not None:
-        digest.update(Path(module).read_bytes())
+    if source is not None:
+        digest.update(Path(source).read_bytes())
     return digest.hexdigest()

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Attention's projections, lm_head and the embedding in INT8: loaded as BF16, encoded one after the other."""
+"""Attention's projections, lm_head and the embedding: which method each has, and their INT8 method."""
 
 from __future__ import annotations
 
@@ -11,14 +11,19 @@ import torch
 from torch import Tensor
 from torch.nn import Parameter
 
-from vllm_mxfp4_sm120 import NAME, settings
+from vllm_mxfp4_sm120 import NAME, selector, settings
+from vllm_mxfp4_sm120.dense import plan
 from vllm_mxfp4_sm120.dense.int8 import BLOCK, Int8Weights
+from vllm_mxfp4_sm120.dense.linear import linear
+from vllm_mxfp4_sm120.quantization.dense_bf16 import Bf16Method, Bf16Vocabulary
 from vllm_mxfp4_sm120.quantization.reload import keeps_weight
 from vllm_mxfp4_sm120.quantization.vllm_symbols import (
     LinearBase,
     QuantizeMethodBase,
     VllmConfig,
+    envs,
     get_current_vllm_config,
+    get_tensor_model_parallel_world_size,
     logger,
     set_weight_attrs,
 )
@@ -96,7 +101,8 @@ class Int8Method(QuantizeMethodBase):
         layer.register_parameter("weight_scale", Parameter(encoded.scales, requires_grad=False))
 
     def apply(self, layer: Any, x: Tensor, bias: Tensor | None = None) -> Tensor:
-        return int8_linear(x, layer.weight, layer.weight_scale, bias)
+        out: Tensor = linear(x, layer.weight, layer.weight_scale, bias)
+        return out
 
     def embedding(self, layer: Any, ids: Tensor) -> Tensor:
         return Int8Weights(layer.weight, layer.weight_scale).decode(ids, layer.params_dtype)
@@ -119,51 +125,65 @@ def _update(layer: Any, load: Callable[..., None]) -> Callable[..., None]:
     return load_encoded
 
 
-# The wall before a compiled model: inside, which kernel answers depends on the number of tokens.
-@torch.library.custom_op("mxfp4_sm120::int8_linear", mutates_args=())
-def int8_linear(x: Tensor, codes: Tensor, scales: Tensor, bias: Tensor | None) -> Tensor:
-    return Int8Weights(codes, scales).linear(x, bias)
-
-
-@int8_linear.register_fake
-def _(x: Tensor, codes: Tensor, scales: Tensor, bias: Tensor | None) -> Tensor:
-    return x.new_empty(*x.shape[:-1], codes.shape[0])
-
-
 class Dense:
-    """The INT8 layers of one model. `wanted`: its engine asks for them."""
+    """These layers of one model. `kind` is what its engine asks for: off, bf16 or int8."""
 
     def __init__(self) -> None:
         self.report = Report()
 
     @property
-    def wanted(self) -> bool:
+    def kind(self) -> str:
         return wanted(get_current_vllm_config().additional_config)
 
-    def method(self, layer: LinearBase, prefix: str) -> Int8Method | None:
-        """None for a layer that stays BF16."""
-        if not prefix.endswith(PROJECTIONS) or not self.wanted or _vllms_own(prefix):
+    def prove(self, vllm_config: VllmConfig) -> None:
+        """Before a layer is made and takes memory: which linear answers at how many tokens, for this process."""
+        kind = wanted(vllm_config.additional_config)
+        if kind == "off" or (kind == "bf16" and why_vllms_own(vllm_config) is not None):
+            return
+        config, ranks = vllm_config.model_config.hf_config.to_dict(), get_tensor_model_parallel_world_size()
+        layers = plan.shapes(config, ranks, kind == "int8")
+        options = settings.engine_options(vllm_config.additional_config)
+        if envs.VLLM_BATCH_INVARIANT:
+            made = plan.Plan("VLLM_BATCH_INVARIANT=1 wants the same kernel whatever the number of tokens")
+        else:
+            made = plan.make(layers, selector.this_machine(), settings.PROOF.for_engine(options))
+        made.serve()
+        for name, shape in layers.items():
+            logger.info_once("mxfp4_sm120: %s %s by %s", name, shape, made.text(shape))
+
+    def method(self, layer: LinearBase, prefix: str) -> QuantizeMethodBase | None:
+        """None for a layer that vLLM's own linear computes."""
+        kind = self.kind
+        if not prefix.endswith(PROJECTIONS) or kind == "off":
             return None
+        config = get_current_vllm_config()
+        if (reason := why_vllms_own(config) if kind == "bf16" else _other_quantization(config)) is not None:
+            logger.warning_once("mxfp4_sm120: %s, not dense %s", reason, kind)
+            return None
+        if kind == "bf16":
+            return Bf16Method()
         columns = getattr(layer, "input_size_per_partition", layer.input_size)
         return self._made() if _divides(columns, prefix) else None
 
-    def take_vocabulary(self, *layers: Any) -> None:
-        """lm_head and the embedding, which vLLM's GPT-OSS makes without asking for their method."""
-        if not self.wanted:
-            return
-        for layer in layers:
-            if _divides(layer.embedding_dim, layer.prefix):
-                layer.quant_method = self._made()
-                layer.use_fused_embedding = False  # vLLM's kernel reads BF16 rows
+    def take_vocabulary(self, embedding: Any, lm_head: Any) -> None:
+        """What vLLM's GPT-OSS makes without asking for a method."""
+        kind = self.kind
+        if kind == "bf16" and why_vllms_own(get_current_vllm_config()) is None:
+            lm_head.quant_method = Bf16Vocabulary(lm_head)
+        elif kind == "int8":
+            for layer in (embedding, lm_head):
+                if _divides(layer.embedding_dim, layer.prefix):
+                    layer.quant_method = self._made()
+                    layer.use_fused_embedding = False  # vLLM's kernel reads BF16 rows
 
     def _made(self) -> Int8Method:
         self.report.waiting += 1
         return Int8Method(self.report, get_current_vllm_config().model_config)
 
 
-def wanted(additional_config: object) -> bool:
+def wanted(additional_config: object) -> str:
     """Raises ValueError where --additional-config and the environment contradict each other."""
-    return settings.DENSE.for_engine(settings.engine_options(additional_config)) == "int8"
+    return settings.DENSE.for_engine(settings.engine_options(additional_config))
 
 
 def settle(vllm_config: VllmConfig) -> None:
@@ -171,31 +191,47 @@ def settle(vllm_config: VllmConfig) -> None:
 
     Raises ValueError for what an engine can't be asked for beside INT8.
     """
-    if not wanted(vllm_config.additional_config):
+    kind, model = wanted(vllm_config.additional_config), vllm_config.model_config
+    if kind == "off":
         return
-    model, offload = vllm_config.model_config, vllm_config.offload_config
-    if model.head_dtype != model.dtype:
+    if kind == "int8" and model.head_dtype != model.dtype:
         raise ValueError(f"dense int8 has no lm_head of dtype {model.head_dtype}; leave head_dtype or dense out")
-    if offload.uva.cpu_offload_gb > 0 or offload.prefetch.offload_group_size > 0:
+    if kind == "int8" and _offloads(vllm_config):
         raise ValueError("dense int8 and offloading to the CPU exclude each other; leave one of them out")
     options = settings.engine_options(vllm_config.additional_config)
     vllm_config.additional_config = {
         **vllm_config.additional_config,
-        NAME: {**options, settings.DENSE.key: "int8"},
+        NAME: {**options, settings.DENSE.key: kind},
     }
 
 
-def _divides(columns: int, name: str) -> bool:
+def why_vllms_own(config: VllmConfig) -> str | None:
+    """One line: what an engine asks of its BF16 linear layers that only vLLM's own do. None if nothing."""
+    if (reason := _other_quantization(config)) is not None:
+        return reason
+    if envs.VLLM_BATCH_INVARIANT:
+        return "VLLM_BATCH_INVARIANT=1 wants vLLM's own linear layers"
+    if config.kernel_config.linear_backend != "auto":
+        return f"--linear-backend {config.kernel_config.linear_backend} answers"
+    return "offloading to the CPU wants vLLM's own linear layers" if _offloads(config) else None
+
+
+def _other_quantization(config: VllmConfig) -> str | None:
+    asked = getattr(config.model_config.quantization_config, "linear", None) is not None
+    return "--quantization-config linear answers" if asked else None
+
+
+def _offloads(config: VllmConfig) -> bool:
+    offload = config.offload_config
+    return offload.uva.cpu_offload_gb > 0 or offload.prefetch.offload_group_size > 0
+
+
+def _divides(columns: int, prefix: str) -> bool:
     if columns % BLOCK:
         logger.warning_once(
-            "mxfp4_sm120: %s stays BF16: its %d columns on this rank are no multiple of %d", name, columns, BLOCK
+            "mxfp4_sm120: %s stays BF16: its %d columns on this rank are no multiple of %d",
+            prefix.rpartition(".")[2],
+            columns,
+            BLOCK,
         )
     return columns % BLOCK == 0
-
-
-def _vllms_own(prefix: str) -> bool:
-    """Whether --quantization-config asks vLLM for its own kind of linear layers."""
-    ours = getattr(get_current_vllm_config().model_config.quantization_config, "linear", None) is None
-    if not ours:
-        logger.warning_once("mxfp4_sm120: --quantization-config linear answers for %s, not dense int8", prefix)
-    return not ours

@@ -50,6 +50,7 @@ class Mxfp4Sm120ForCausalLM(GptOssForCausalLM):
 
     def __init__(self, *, vllm_config: VllmConfig, prefix: str = "") -> None:
         router.register()
+        vllm_config.quant_config.dense.prove(vllm_config)
         super().__init__(vllm_config=vllm_config, prefix=prefix)
         vllm_config.quant_config.dense.take_vocabulary(self.model.embedding, self.lm_head)
         self.complete = vllm_config.load_config.load_format == "dummy"

@@ -5,6 +5,7 @@ Importing this file is the test whether the plugin fits a vLLM: `plugin.register
 plugin is off. Only `refusal.py`, which must work then, imports two names by itself.
 """
 
+from vllm import envs  # whether batches must not change an answer
 from vllm.config import (
     CUDAGraphMode,  # to turn graphs off for backends that can't be captured
     VllmConfig,  # what features.py reads
@@ -34,6 +35,7 @@ from vllm.model_executor.layers.quantization import (
     register_quantization_config,
 )
 from vllm.model_executor.layers.quantization.base_config import QuantizeMethodBase  # a return type
+from vllm.model_executor.layers.vocab_parallel_embedding import UnquantizedEmbeddingMethod  # of lm_head in BF16
 from vllm.model_executor.model_loader.reload.layerwise import (
     LAYERWISE_INFO,  # old weights, for a reload that is refused
     finalize_layerwise_reload,
@@ -68,11 +70,13 @@ __all__ = [
     "QuantizeMethodBase",
     "RoutedExperts",
     "RoutingMethodType",
+    "UnquantizedEmbeddingMethod",
     "UnquantizedLinearMethod",
     "VllmConfig",
     "WeightsMapper",
     "current_platform",
     "default_weight_loader",
+    "envs",
     "finalize_layerwise_reload",
     "get_current_vllm_config",
     "get_forward_context",

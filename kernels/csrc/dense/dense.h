@@ -14,12 +14,13 @@ constexpr int DENSE_MAX_TOKENS = 256;
 constexpr int DENSE_MAX_K = 1 << 16, DENSE_MAX_N = 1 << 20;
 constexpr int DENSE_BLOCK = 32;  // K is a multiple of it; INT8 weights have a scale for each so many along K
 
-struct DenseArgs {        // all pointers on the current device, multiples of 16 but for scale and bias
+struct DenseArgs {        // all pointers on the current device, multiples of 16 but for scale (4) and bias (2)
   const void* x;          // bf16 [M, K]
   const void* weight;     // [N, K], bf16 or int8
   const uint16_t* scale;  // of int8 weights: bf16 [N, K / 32], nullptr for bf16 weights
   const uint16_t* bias;   // bf16 [N] or nullptr
   uint16_t* out;          // bf16 [M, N]
+  float* partial;         // `workspace_bytes` of the configuration
   int M, N, K;
 };
 
@@ -27,19 +28,34 @@ struct DenseArgs {        // all pointers on the current device, multiples of 16
 struct DenseConfiguration {
   std::string name;
   bool int8;
-  int tokens;  // that share one reading of the weights; more are taken in groups of so many
+  int tokens;      // that share one reading of the weights; more are taken in groups of so many
+  int k_multiple;  // K must be one of it
   Footprint footprint;
+  // What a call needs for sums that several blocks share.
+  int64_t (*workspace_bytes)(const DenseArgs& args, const Device& device);
   const char* (*launch)(const DenseArgs& args, const Device& device, void* stream);
 };
 
 // The table, for each kind of weights by tokens.
 const std::vector<DenseConfiguration>& dense_configurations();
 
-// The configuration for a call: the first of its weights' kind that takes all tokens at once, or else the last.
-inline const DenseConfiguration& dense_configuration(bool int8, int tokens) {
+// Why a configuration can't take a layer; empty if it can.
+inline std::string why_not(const DenseConfiguration& config, bool int8, int K) {
+  if (config.int8 != int8)
+    return config.name + " takes " + (config.int8 ? "int8" : "bfloat16") + " weights, not " +
+           (int8 ? "int8" : "bfloat16");
+  if (K % config.k_multiple != 0)
+    return config.name + " takes multiples of " + std::to_string(config.k_multiple) + " columns, not " +
+           std::to_string(K);
+  return "";
+}
+
+// For a caller who doesn't choose: the first that takes the layer and all tokens at once, or else the last that takes
+// the layer.
+inline const DenseConfiguration& first_fit(bool int8, int tokens, int K) {
   const DenseConfiguration* chosen = nullptr;
   for (const DenseConfiguration& config : dense_configurations())
-    if (config.int8 == int8 && (chosen == nullptr || chosen->tokens < tokens)) chosen = &config;
+    if (why_not(config, int8, K).empty() && (chosen == nullptr || chosen->tokens < tokens)) chosen = &config;
   return *chosen;
 }
 

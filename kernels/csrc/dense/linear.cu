@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0
-// y = x . weight^T + bias for few tokens: the time is the time to read the weights once.
+// y = x . weight^T + bias for up to 32 tokens at once: the time is the time to read the weights once.
 //
 // One block a multiprocessor, each with its even share of the weight rows, to the row: 5120 rows are 38 or 39 for each
 // of 132. The block takes up to 40 rows at once, over the whole of K, and its warps share K: so no block waits for
@@ -19,7 +19,8 @@
 
 #include "../common/launch.h"
 #include "../common/pack.cuh"
-#include "dense.h"
+#include "rows.cuh"
+#include "table.h"
 #include "weights.cuh"
 
 namespace mxfp4_sm120 {
@@ -44,17 +45,6 @@ template <typename S>
 struct Stage {
   typename S::Weights weights[S::ROW_TILES];
   uint4 x[2 * S::TOKEN_TILES][2];  // [half of an m16 tile: row g, or g + 8][eight k]
-};
-
-// A block's even share of the weight rows, and how it takes them: in passes of at most ROWS.
-struct Rows {
-  int begin, end, of_pass;
-  __device__ __forceinline__ Rows(int64_t N, int most) {
-    begin = static_cast<int>(N * blockIdx.x / gridDim.x);
-    end = static_cast<int>(N * (blockIdx.x + 1) / gridDim.x);
-    const int passes = (end - begin + most - 1) / most;
-    of_pass = (end - begin + passes - 1) / passes;
-  }
 };
 
 // Walks a warp's steps: of a pass, every WARPS-th along K, in whole rounds of the stages; then the next pass. Past the
@@ -218,18 +208,17 @@ DenseConfiguration configuration() {
   return {(Weights::INT8 ? "int8_tokens" : "bf16_tokens") + std::to_string(S::TOKENS),
           Weights::INT8,
           S::TOKENS,
+          DENSE_BLOCK,
           {S::THREADS, S::BYTES},
+          [](const DenseArgs&, const Device&) -> int64_t { return 0; },
           launch<S>};
 }
 
 }  // namespace
-}  // namespace dense
 
-const std::vector<DenseConfiguration>& dense_configurations() {
-  using namespace dense;
-  static const std::vector<DenseConfiguration> table = {configuration<Bf16, 1>(), configuration<Bf16, 2>(),
-                                                        configuration<Int8, 1>(), configuration<Int8, 2>()};
-  return table;
+std::vector<DenseConfiguration> streaming_configurations() {
+  return {configuration<Bf16, 1>(), configuration<Bf16, 2>(), configuration<Int8, 1>(), configuration<Int8, 2>()};
 }
 
+}  // namespace dense
 }  // namespace mxfp4_sm120

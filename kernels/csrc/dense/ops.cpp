@@ -11,7 +11,21 @@
 namespace mxfp4_sm120 {
 namespace {
 
-Tensor dense_linear(const Tensor& x, const Tensor& weight, const OptionalTensor& scale, const OptionalTensor& bias) {
+constexpr int64_t FIRST_FIT = -1;  // in place of a configuration
+
+const DenseConfiguration& chosen(int64_t config, bool int8, const DenseArgs& args) {
+  const auto& table = dense_configurations();
+  if (config == FIRST_FIT) return first_fit(int8, args.M, args.K);
+  if (config < 0 || config >= static_cast<int64_t>(table.size()))
+    refuse("config", " is ", config, ", expected 0 to ", table.size() - 1, ", or ", FIRST_FIT,
+           " for the first that fits");
+  const std::string why = why_not(table[config], int8, args.K);
+  if (!why.empty()) refuse("config", " is ", config, ", expected another: ", why);
+  return table[config];
+}
+
+Tensor dense_linear(const Tensor& x, const Tensor& weight, const OptionalTensor& scale, const OptionalTensor& bias,
+                    int64_t config) {
   expect_given(x, "x");
   expect_usable(x);
   const Place place(x);
@@ -33,26 +47,36 @@ Tensor dense_linear(const Tensor& x, const Tensor& weight, const OptionalTensor&
   args.x = checked(x, "x", place, codes().bfloat16, {M, K});
   args.weight = checked(weight, "weight", place, dtype, {N, K});
   args.scale = static_cast<const uint16_t*>(
-      checked(scale, "scale", place, codes().bfloat16, {N, K / DENSE_BLOCK}, Aligned::Element));
+      checked(scale, "scale", place, codes().bfloat16, {N, K / DENSE_BLOCK}, Aligned::Word));
   args.bias = static_cast<const uint16_t*>(checked(bias, "bias", place, codes().bfloat16, {N}, Aligned::Element));
+  const DenseConfiguration& kernel = chosen(config, int8, args);
   Tensor out = new_output(place, M, N);
   if (M == 0) return out;
   args.out = static_cast<uint16_t*>(out.data_ptr());
   const On on(place);
-  expect_launched(dense_configuration(int8, args.M).launch(args, device_of(place.index), current_stream(place.index)));
+  const Device& device = device_of(place.index);
+  // From torch's allocator, which gives it to the next on this stream, in a CUDA graph's pool, too.
+  const int64_t bytes = kernel.workspace_bytes(args, device);
+  std::optional<Tensor> workspace;
+  if (bytes > 0) {
+    workspace = new_output(place, 1, (bytes + 1) / 2);
+    args.partial = static_cast<float*>(workspace->data_ptr());
+  }
+  expect_launched(kernel.launch(args, device, current_stream(place.index)));
   return out;
 }
 
 using Names = std::vector<std::string>;
 using Integers = std::vector<int64_t>;
 
-std::tuple<Names, Integers, Integers, Integers, Integers> dense_configurations_op() {
-  std::tuple<Names, Integers, Integers, Integers, Integers> columns;
-  auto& [names, int8, tokens, threads, shared_bytes] = columns;
+std::tuple<Names, Integers, Integers, Integers, Integers, Integers> dense_configurations_op() {
+  std::tuple<Names, Integers, Integers, Integers, Integers, Integers> columns;
+  auto& [names, int8, tokens, k_multiple, threads, shared_bytes] = columns;
   for (const DenseConfiguration& config : dense_configurations()) {
     names.push_back(config.name);
     int8.push_back(config.int8);
     tokens.push_back(config.tokens);
+    k_multiple.push_back(config.k_multiple);
     threads.push_back(config.footprint.threads);
     shared_bytes.push_back(config.footprint.shared_bytes);
   }
@@ -65,10 +89,13 @@ int64_t dense_max_tokens() { return DENSE_MAX_TOKENS; }
 
 STABLE_TORCH_LIBRARY_FRAGMENT(mxfp4_sm120, m) {
   // x . weight^T + bias: x bf16 [M, K], weight bf16 [N, K], or int8 with scale bf16 [N, K / 32]; bias bf16 [N] -> bf16
-  // [M, N]. By up to 16 or 32 tokens at a time, each group of which reads the weights anew.
-  m.def("dense_linear(Tensor x, Tensor weight, Tensor? scale, Tensor? bias) -> Tensor");
+  // [M, N]. By a configuration's `tokens` at a time, each group of which reads the weights anew. `config` is a place in
+  // the table, or -1.
+  m.def("dense_linear(Tensor x, Tensor weight, Tensor? scale, Tensor? bias, int config=-1) -> Tensor");
   // The table's columns, as of `configurations`; `tokens` share one reading of the weights.
-  m.def("dense_configurations() -> (str[] names, int[] int8, int[] tokens, int[] threads, int[] shared_bytes)");
+  m.def(
+      "dense_configurations() -> (str[] names, int[] int8, int[] tokens, int[] k_multiple, int[] threads, int[] "
+      "shared_bytes)");
   m.def("dense_max_tokens() -> int");
 }
 

@@ -73,13 +73,13 @@ struct Copy {
   int bytes;
   int* pending;  // of its first 16 bytes (see Block)
   void begin() const {
-    for (int i = 0; i < bytes / 16; ++i)
-      ++pending[i];
+    for (int i = 0; i < bytes; i += 16)
+      ++pending[i / 16];
   }
   void land() const {
     std::memcpy(to, from, bytes);
-    for (int i = 0; i < bytes / 16; ++i)
-      --pending[i];
+    for (int i = 0; i < bytes; i += 16)
+      --pending[i / 16];
   }
 };
 
@@ -167,7 +167,8 @@ inline void arrive(int id, int threads, bool wait) {
 }
 
 inline Copy begin_copy(uint32_t to, const void* from, int bytes) {
-  if (to % 16 != 0 || reinterpret_cast<uintptr_t>(from) % 16 != 0) fail("a copy isn't aligned");
+  const int unit = std::min(bytes, 16);
+  if (to % unit != 0 || reinterpret_cast<uintptr_t>(from) % unit != 0) fail("a copy isn't aligned");
   if (to + bytes > now->block->shared.size()) fail("a copy leaves shared memory");
   const Copy copy{shared_memory() + to, from, bytes, &now->block->pending[to / 16]};
   copy.begin();
@@ -406,10 +407,6 @@ T __ldcs(const T* p) {
 }
 template <typename T>
 void __stcg(T* p, T v) {
-  *p = v;
-}
-template <typename T>
-void __stcs(T* p, T v) {
   *p = v;
 }
 using std::isnan;

@@ -48,10 +48,15 @@ const char* dense_name(int config) {
   const auto& table = dense_configurations();
   return config < static_cast<int>(table.size()) ? table[config].name.c_str() : nullptr;
 }
-const char* dense(const DenseArgs* args, int config) {
-  return dense_configurations()[config].launch(*args, device(), nullptr);
+const char* dense(const DenseArgs* given, int config) {
+  const DenseConfiguration& chosen = dense_configurations()[config];
+  DenseArgs args = *given;
+  std::vector<float> partial(chosen.workspace_bytes(args, device()) / 4, NAN);
+  args.partial = partial.data();
+  const std::string why = why_not(chosen, chosen.int8, args.K);
+  return why.empty() ? chosen.launch(args, device(), nullptr) : kept(why);
 }
-const char* dense_chosen(bool int8, int tokens) { return dense_configuration(int8, tokens).name.c_str(); }
+const char* dense_chosen(bool int8, int tokens, int K) { return first_fit(int8, tokens, K).name.c_str(); }
 const char* router(const RouterArgs* args) { return router_forward(*args, device(), nullptr); }
 
 // sizeof, then where each field begins, in order.
@@ -78,7 +83,8 @@ int MOE_ARGS[] = {sizeof(MoeArgs),
 int ROUTER_ARGS[] = {sizeof(RouterArgs),         offsetof(RouterArgs, x), offsetof(RouterArgs, weight),
                            offsetof(RouterArgs, bias), offsetof(RouterArgs, out), offsetof(RouterArgs, M),
                            offsetof(RouterArgs, H),    offsetof(RouterArgs, experts)};
-int DENSE_ARGS[] = {sizeof(DenseArgs),         offsetof(DenseArgs, x),    offsetof(DenseArgs, weight),
+int DENSE_ARGS[] = {sizeof(DenseArgs),          offsetof(DenseArgs, x),    offsetof(DenseArgs, weight),
                     offsetof(DenseArgs, scale), offsetof(DenseArgs, bias), offsetof(DenseArgs, out),
-                    offsetof(DenseArgs, M),     offsetof(DenseArgs, N),    offsetof(DenseArgs, K)};
+                    offsetof(DenseArgs, partial), offsetof(DenseArgs, M),  offsetof(DenseArgs, N),
+                    offsetof(DenseArgs, K)};
 }

@@ -25,19 +25,10 @@ class Native(Backend):
 
     @classmethod
     def why_not(cls, machine: Machine, shape: MoEShape) -> str | None:
-        try:
-            if library.find(machine.capability) is None:
-                needed = "it needs an NVIDIA GPU" if machine.capability is None else None
-                return needed or f"the CUDA library isn't built: {library.REMEDY}"
-            architectures = library.load()
-        except (OSError, RuntimeError) as error:
-            return f"{library.LIBRARY.name} can't be used: {error}"
-        if architectures == "stub":
+        if (reason := library.why_not(machine)) is not None:
+            return reason
+        if library.load() == "stub":
             return None
-        if machine.capability is None:
-            return "it needs an NVIDIA GPU"
-        if not library.covers(architectures, machine.capability):
-            return f"{library.LIBRARY.name} is built for {architectures}, not for {machine.sm}: {library.REMEDY}"
         limits = library.limits()
         for name, size in (("hidden", shape.hidden_size), ("intermediate", shape.intermediate_size)):
             if size % 32 or not 32 <= size <= limits.size:

@@ -102,6 +102,24 @@ def sources() -> Path:
     return inside if inside.is_dir() else package.parent / "kernels"
 
 
+def why_not(machine: Machine) -> str | None:
+    """One line saying why its kernels can't run on a machine; None if they can, and for a stub that is allowed."""
+    try:
+        if find(machine.capability) is None:
+            needed = "it needs an NVIDIA GPU" if machine.capability is None else None
+            return needed or f"the CUDA library isn't built: {REMEDY}"
+        architectures = load()
+    except (OSError, RuntimeError) as error:
+        return f"{LIBRARY.name} can't be used: {error}"
+    if architectures == "stub":
+        return None
+    if machine.capability is None:
+        return "it needs an NVIDIA GPU"
+    if not covers(architectures, machine.capability):
+        return f"{LIBRARY.name} is built for {architectures}, not for {machine.sm}: {REMEDY}"
+    return None
+
+
 def load() -> str:
     """Load the library, once per process; the GPUs it was built for as CMake writes them ("90-real 120-virtual").
 
@@ -120,7 +138,6 @@ def _load() -> str:
     library = find(Machine.here().capability) or LIBRARY
     torch.ops.load_library(library)
     torch.library.register_fake("mxfp4_sm120::moe_layer", _fake_moe_layer)
-    torch.library.register_fake("mxfp4_sm120::fp4_moe_layer", _fake_moe_layer)
     torch.library.register_fake("mxfp4_sm120::router_logits", _fake_router_logits)
     torch.library.register_fake("mxfp4_sm120::dense_linear", _fake_dense_linear)
     architectures = str(torch.ops.mxfp4_sm120.architectures())
@@ -137,7 +154,7 @@ def _fake_router_logits(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tenso
     return x.new_empty(x.shape[0], weight.shape[0])
 
 
-def _fake_dense_linear(x: Tensor, weight: Tensor, scale: Tensor | None, bias: Tensor | None) -> Tensor:
+def _fake_dense_linear(x: Tensor, weight: Tensor, *arguments: object) -> Tensor:
     return x.new_empty(x.shape[0], weight.shape[0])
 
 

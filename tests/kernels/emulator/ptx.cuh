@@ -15,6 +15,14 @@ inline void barrier_arrive(int id, int threads) { emu::arrive(id, threads, false
 inline void barrier_wait(int id, int threads) { emu::arrive(id, threads, true); }
 
 inline void cp_async16(uint32_t dst, const void* src) { emu::start_copy(dst, src, 16); }
+inline void cp_async16_if(bool load, uint32_t dst, const void* src) {
+  alignas(16) static const uint8_t zeros[16] = {};
+  emu::start_copy(dst, load ? src : zeros, 16);
+}
+inline void cp_async4_if(bool load, uint32_t dst, const void* src) {
+  alignas(4) static const uint8_t zeros[4] = {};
+  emu::start_copy(dst, load ? src : zeros, 4);
+}
 inline void cp_async_commit() { emu::now->groups.emplace_back(); }
 template <int PENDING>
 void cp_async_wait() {
@@ -50,6 +58,7 @@ inline void wait_for_previous_kernel() {}
 inline void let_next_kernel_start() {}
 
 inline uint4 lds128(uint32_t a) { return emu::load_shared<uint4>(a); }
+inline uint2 lds64(uint32_t a) { return emu::load_shared<uint2>(a); }
 inline uint32_t lds32(uint32_t a) { return emu::load_shared<uint32_t>(a); }
 inline void store_if(bool store, void* p, uint32_t v) {
   if (store) std::memcpy(p, &v, sizeof(v));
@@ -124,6 +133,12 @@ inline void mma_bf16(float (&d)[4], uint32_t a0, uint32_t a1, uint32_t a2, uint3
         all[l]->d[c] = static_cast<float>(sum);
       }
   });
+}
+
+inline void mma_bf16_of_zero(float (&d)[4], uint32_t a0, uint32_t a1, uint32_t a2, uint32_t a3, uint32_t b0,
+                             uint32_t b1) {
+  d[0] = d[1] = d[2] = d[3] = 0;
+  mma_bf16(d, a0, a1, a2, a3, b0, b1);
 }
 
 inline uint32_t mul_bf16x2(uint32_t a, float lo, float hi) {

@@ -1,0 +1,113 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Which linear answers at how many tokens: the card decides, for each layer's shape, once for all processes.
+
+A kernel of ours serves after it has solved each shape in the proof's process, and only at the sizes at which it was
+faster there than what would answer instead: torch's linear, of INT8 weights behind their decoding.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import astuple, dataclass, field
+from typing import Any
+
+from vllm_mxfp4_sm120 import proof, settings
+from vllm_mxfp4_sm120.backends.native import library
+from vllm_mxfp4_sm120.checkpoint import AttentionSizes, Sizes
+from vllm_mxfp4_sm120.dense import native, trial
+from vllm_mxfp4_sm120.dense.int8 import BLOCK
+from vllm_mxfp4_sm120.dense.linear import TORCHS_OWN, LinearShape, serve
+from vllm_mxfp4_sm120.dense.trial import Timing
+from vllm_mxfp4_sm120.platform import Machine
+
+MARGIN = 0.98  # of torch's time, at most: what two measurements of the same may differ by
+VOCABULARY_MULTIPLE = 64  # vLLM pads the vocabulary to it
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What was measured of each shape; `reason` is why nothing was, or why no kernel of ours answers."""
+
+    reason: str | None = None
+    timings: Mapping[LinearShape, Sequence[Timing]] = field(default_factory=dict)
+
+    def name_at(self, shape: LinearShape, tokens: int) -> str | None:
+        """The kernel that answers, None where it is torch's linear; between two measured sizes as at the larger."""
+        for timing in self.timings.get(shape, ()):
+            if timing.tokens >= tokens:
+                return timing.name if timing.ours <= MARGIN * timing.torchs else None
+        return None
+
+    def serve(self) -> None:
+        """Hand it to the operator of this process."""
+        numbers = {config.name: number for number, config in enumerate(native.configurations())} if self.timings else {}
+        for shape, timings in self.timings.items():
+            names = (self.name_at(shape, tokens) for tokens in range(1 + max(timing.tokens for timing in timings)))
+            serve(shape, [TORCHS_OWN if name is None else numbers.get(name, TORCHS_OWN) for name in names])
+
+    def text(self, shape: LinearShape) -> str:
+        """One line on a shape: which kernel at which numbers of tokens, and by how much it is faster there."""
+        if self.reason is not None:
+            return f"torch's linear: {self.reason}"
+        parts = [
+            f"{name} at {first} to {last.tokens} tokens ({last.ours:.1f} us there, torch {last.torchs:.1f})"
+            for first, last, name in self._runs(shape)
+        ]
+        return f"{', '.join(parts)}; else torch's linear" if parts else "torch's linear, which was faster at every size"
+
+    def _runs(self, shape: LinearShape) -> Iterator[tuple[int, Timing, str]]:
+        """(first number of tokens, last timing, kernel) of neighbouring sizes at which the same kernel answers."""
+        run: tuple[int, Timing, str] | None = None
+        smallest = 1
+        for timing in self.timings.get(shape, ()):
+            name = self.name_at(shape, timing.tokens)
+            if run is not None and run[2] != name:
+                yield run
+                run = None
+            if name is not None:
+                run = (smallest if run is None else run[0], timing, name)
+            smallest = timing.tokens + 1
+        if run is not None:
+            yield run
+
+
+def shapes(config: Mapping[str, Any], tensor_parallel: int, int8: bool) -> dict[str, LinearShape]:
+    """The large linear layers of a GPT-OSS, as one rank of vLLM's has them. Raises ValueError as `Sizes` does."""
+    sizes, attention = Sizes.from_config(config), AttentionSizes.from_config(config)
+    heads, kv_heads = attention.num_heads // tensor_parallel, max(1, attention.num_kv_heads // tensor_parallel)
+    vocabulary = -(-attention.vocab_size // VOCABULARY_MULTIPLE) * VOCABULARY_MULTIPLE // tensor_parallel
+    dim, hidden = attention.head_dim, sizes.hidden_size
+    return {
+        "qkv_proj": LinearShape((heads + 2 * kv_heads) * dim, hidden, int8),
+        "o_proj": LinearShape(hidden, heads * dim, int8),
+        "lm_head": LinearShape(vocabulary, hidden, int8, bias=False),
+    }
+
+
+def why_not(machine: Machine) -> str | None:
+    """One line saying why no kernel of ours can run here; None if they can."""
+    if (reason := machine.why_unsupported() or library.why_not(machine)) is not None:
+        return reason
+    return "it needs an NVIDIA GPU" if machine.capability is None else None
+
+
+def make(layers: Mapping[str, LinearShape], machine: Machine, prove: bool = True) -> Plan:
+    """Ask the card, or the record of an earlier answer. `prove` False: nothing is tried, so nothing is known."""
+    taken = sorted({shape for shape in layers.values() if shape.columns % BLOCK == 0})
+    if (reason := why_not(machine)) is not None:
+        return Plan(reason)
+    if not prove:
+        return Plan(f"without a proof nothing is timed ({settings.PROOF.name})")
+    arguments = {"shapes": [list(astuple(shape)) for shape in taken], "device": str(proof.device(machine))}
+    seconds = settings.PROOF_SECONDS.get()
+    answer = proof.once(
+        proof.path_for("dense", machine, arguments["shapes"]),
+        lambda: proof.run_in_child(trial.solve, arguments, seconds),
+        seconds,
+    )
+    if answer.reason is not None:
+        return Plan(answer.reason)
+    try:
+        return Plan(None, {shape: [Timing(*row) for row in answer.found[str(shape)]] for shape in taken})
+    except (KeyError, TypeError):
+        return Plan("its record can't be read; `mxfp4-sm120 doctor --forget` tries again")

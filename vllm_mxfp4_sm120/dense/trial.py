@@ -1,0 +1,180 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What the proof's process does with dense kernels: each against float64, then all of them against torch, timed."""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+from vllm_mxfp4_sm120.backends.native import library
+from vllm_mxfp4_sm120.dense import native
+from vllm_mxfp4_sm120.dense.int8 import Int8Weights
+from vllm_mxfp4_sm120.dense.linear import LinearShape
+from vllm_mxfp4_sm120.dense.native import DenseConfiguration
+from vllm_mxfp4_sm120.proof.problem import LARGE_TOKEN, TINY_TOKEN, Proof, relative_error
+
+# Less than each kernel takes at once, all of that, and more.
+CHECKED = (1, 7, 16, 17, 32, 33, 64, 65, 128, 150, 256)
+# Those for which vLLM captures CUDA graphs, up to what a kernel takes: what is decoded has one of these sizes.
+TIMED = (1, 2, 4, *range(8, 257, 8))
+# Of a token, or of a row over all tokens. Rounding to BF16 makes 1.7e-3, once for the output, and in some kernels once
+# for a weight after its scale: 2.4e-3 in all, and some more where few values make the average.
+TOLERANCE = 4e-3
+LARGEST_OUTPUT = 1 << 24  # rows times columns of weights that are in float64 at once
+ROTATED = 3  # times the L2 cache: so many bytes of weights are walked over, so that it never holds the next call's
+REPLAYS = 7
+
+
+@dataclass(frozen=True)
+class Timing:
+    """At so many tokens: our fastest kernel's name, its microseconds, and those of what would answer instead."""
+
+    tokens: int
+    name: str
+    ours: float
+    torchs: float
+
+
+@dataclass(frozen=True)
+class Problem:
+    """Random weights of a layer's own shape, a size of their own for each row; `scale` None for BF16 weights."""
+
+    shape: LinearShape
+    weight: Tensor
+    scale: Tensor | None
+    bias: Tensor | None
+    row_sizes: Tensor  # float64 [N]
+
+    @classmethod
+    def random(cls, shape: LinearShape, device: torch.device | str) -> Problem:
+        draw: Any = {"generator": torch.Generator(device).manual_seed(0), "device": device}
+        sizes = torch.randint(-4, 5, (shape.rows, 1), **draw).double().exp2()
+        weight = torch.randn(shape.rows, shape.columns, dtype=torch.bfloat16, **draw)
+        weight *= sizes.bfloat16()
+        bias = (torch.randn(shape.rows, **draw) * sizes[:, 0]).bfloat16() if shape.bias else None
+        if not shape.int8:
+            return cls(shape, weight, None, bias, sizes[:, 0])
+        encoded = Int8Weights.quantize(weight)
+        return cls(shape, encoded.codes, encoded.scales, bias, sizes[:, 0])
+
+    def copies(self) -> list[Problem]:
+        """Enough of them to walk over."""
+        device = self.weight.device
+        cache = torch.cuda.get_device_properties(device).L2_cache_size if device.type == "cuda" else 1
+        more = -(-ROTATED * cache // self.weight.nbytes) - 1
+        scales = self.scale.clone() if self.scale is not None else None
+        return [
+            self,
+            *(Problem(self.shape, self.weight.clone(), scales, self.bias, self.row_sizes) for _ in range(more)),
+        ]
+
+    def ours(self, x: Tensor, kernel: int) -> Tensor:
+        return native.linear(x, self.weight, self.bias, self.scale, kernel)
+
+    def torchs(self, x: Tensor) -> Tensor:
+        if self.scale is None:
+            return functional.linear(x, self.weight, self.bias)
+        return Int8Weights(self.weight, self.scale).linear(x, self.bias)
+
+    def reference(self, x: Tensor) -> Tensor:
+        """float64 [M, N], a few rows of the weights at a time."""
+        parts = []
+        for rows in torch.arange(self.shape.rows, device=x.device).split(max(1, LARGEST_OUTPUT // self.shape.columns)):
+            part = slice(int(rows[0]), int(rows[-1]) + 1)
+            exact = self.weight[part].double()
+            if self.scale is not None:
+                exact = Int8Weights(self.weight[part], self.scale[part]).decode(dtype=torch.float64)
+            parts.append(x.double() @ exact.T + (0 if self.bias is None else self.bias[part].double()))
+        return torch.cat(parts, 1)
+
+
+def solve(shapes: list[list[Any]], device: str) -> Proof:
+    """`shapes` are fields of `LinearShape`. The proof's `found`: by a shape's text, fields of a `Timing` a size."""
+    try:
+        library.load()
+        found = {}
+        for shape in (LinearShape(*fields) for fields in shapes):
+            problem = Problem.random(shape, device)
+            if (reason := what_is_wrong(problem)) is not None:
+                return Proof(f"{shape}: {reason}")
+            found[str(shape)] = [list(vars(timing).values()) for timing in timings(problem)]
+    except Exception as error:
+        return Proof.of_error(error)
+    return Proof(None, found=found)
+
+
+def inputs(shape: LinearShape, tokens: int, device: torch.device | str) -> Tensor:
+    """bf16 [M, K]; of three tokens and more the second is large and the third tiny."""
+    x = torch.randn(tokens, shape.columns, generator=torch.Generator(device).manual_seed(1), device=device)
+    if tokens > 2:
+        x[1], x[2] = x[1] * LARGE_TOKEN, x[2] * TINY_TOKEN
+    return x.bfloat16()
+
+
+def what_is_wrong(problem: Problem) -> str | None:
+    """With the answers of any of the kernels, one line; None if all are right."""
+    x = inputs(problem.shape, max(CHECKED), problem.weight.device)
+    right = problem.reference(x) / problem.row_sizes
+    for kernel, config in kernels(problem.shape):
+        for tokens in CHECKED:
+            out = problem.ours(x[:tokens], kernel)
+            if out.shape != right[:tokens].shape or out.dtype != x.dtype:
+                return f"{config.name} answered {out.dtype} {list(out.shape)}"
+            answer = out / problem.row_sizes
+            error = relative_error(answer, right[:tokens])
+            if tokens == max(CHECKED):
+                error = max(error, relative_error(answer.T, right.T))
+            if not error <= TOLERANCE:  # NaN fails too
+                at = f"{error:.2g} at {tokens} tokens, {config.name}"
+                return f"wrong numbers: relative error {at}, expected at most {TOLERANCE}"
+    return None
+
+
+def kernels(shape: LinearShape) -> Iterator[tuple[int, DenseConfiguration]]:
+    """Those of the library that take the shape, by number."""
+    for number, config in enumerate(native.configurations()):
+        if config.int8 == shape.int8 and shape.columns % config.k_multiple == 0:
+            yield number, config
+
+
+def timings(problem: Problem) -> Iterator[Timing]:
+    """At each size the fastest of our kernels and torch's, in turn."""
+    copies = problem.copies()
+    for tokens in TIMED:
+        x = inputs(problem.shape, tokens, problem.weight.device)
+        calls = {"": lambda copy, x=x: copy.torchs(x)} | {
+            config.name: lambda copy, x=x, kernel=kernel: copy.ours(x, kernel)
+            for kernel, config in kernels(problem.shape)
+        }
+        times = {name: microseconds(call, copies) for name, call in calls.items()}
+        torchs = times.pop("")
+        name = min(times, key=times.__getitem__)
+        yield Timing(tokens, name, round(times[name], 2), round(torchs, 2))
+
+
+def microseconds(call: Callable[[Problem], Tensor], copies: list[Problem]) -> float:
+    """Of one call, in a CUDA graph that walks over the copies, as it is served: the median of some replays."""
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        call(copies[0])
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        for copy in copies:
+            call(copy)
+    times = []
+    for _ in range(REPLAYS + 1):
+        start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+        start.record()
+        graph.replay()
+        end.record()
+        torch.cuda.synchronize()
+        times.append(start.elapsed_time(end) * 1e3 / len(copies))
+    return float(statistics.median(times[1:]))
