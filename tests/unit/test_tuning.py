@@ -10,10 +10,13 @@ from pathlib import Path
 import pytest
 import torch
 
-from vllm_mxfp4_sm120 import config_path
+from vllm_mxfp4_sm120 import config_path, proof
 from vllm_mxfp4_sm120.backends import triton, tuning
+from vllm_mxfp4_sm120.backends.tiled import Tiled
 from vllm_mxfp4_sm120.backends.triton import Tiles
 from vllm_mxfp4_sm120.backends.tuning import Bound, Family
+from vllm_mxfp4_sm120.moe import MoEShape
+from vllm_mxfp4_sm120.platform import Machine
 from vllm_mxfp4_sm120.tune import gpu
 
 CARD = "NVIDIA GeForce RTX 5090"
@@ -80,6 +83,19 @@ def test_a_users_file_that_does_not_fit_is_ignored_with_one_line(
     with caplog.at_level(logging.WARNING, logger="vllm.mxfp4_sm120"):
         assert tuning.say(found) == tuning.say(find()) == SHIPPED
     assert [record.getMessage() for record in caplog.records] == [f"mxfp4_sm120: {found.ignored}"]
+
+
+def test_a_remembered_proof_ends_with_the_rule_it_was_made_under() -> None:
+    def record() -> Path | None:
+        return proof.record_path(Tiled, Machine(None, None), MoEShape(4, 4, 64, 32, 2))
+
+    shipped = record()
+    path = own_file({"library": "v1", "rule": [{"kernel": "decode"}]})
+    own = record()
+    path.unlink()
+    path.mkdir()  # can't be read, which keeps nothing from starting
+    assert shipped != own and record() == shipped
+    assert find().path == config_path("tuning", "default.json")
 
 
 def test_without_a_home_directory(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -163,8 +163,11 @@ def _source_digest(machine: Machine, source: str | None) -> str:
     """Of everything in this package that the outcome depends on: code, compiled libraries, which kernel when."""
     digest = hashlib.sha256()
     root = Path(__file__).parents[1]
-    for path in sorted((*root.rglob("*.py"), *root.rglob("*.so"), *tuning.files())):
+    for path in sorted((*root.rglob("*.py"), *root.rglob("*.so"))):
         digest.update(path.read_bytes())
+    for path in tuning.files():
+        with suppress(OSError):  # a user's that can't be read isn't used either
+            digest.update(path.read_bytes())
     with suppress(PermissionError):  # not loaded then, and its backend says why
         if cached := library.cached(machine.capability):
             digest.update(cached.read_bytes())
