@@ -7,6 +7,7 @@ estimate: it comes within 3 % of the use before the KV cache that docs/benchmark
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -85,7 +86,10 @@ CARDS = (
 
 @dataclass(frozen=True)
 class Fit:
-    """One row of the table. Bytes are a rank's; `requests` are those of this length that the cache holds at once."""
+    """One row of the table. Bytes are a rank's; `requests` are those of this length that the cache holds at once.
+
+    `dense` is the setting: int8 or, as by default, BF16.
+    """
 
     card: str
     memory_gb: int
@@ -96,6 +100,7 @@ class Fit:
     working: int
     cache_of_request: int
     requests: int
+    dense: str = "bf16"
 
 
 def round_up(value: int, multiple: int) -> int:
@@ -178,17 +183,27 @@ class Memory:
         return -(-layers // 2) * page * (full + -(-kept // KV_BLOCK) + 1)
 
     def fits(self, layout: Layout = OURS) -> Iterator[Fit]:
-        """Every card, alone and two of them, BF16 and FP8 cache, every context that the model has."""
-        for card in CARDS:
-            for ranks in (1, 2):
-                for cache, value_bytes in (("BF16", BF16), ("FP8", FP8)):
-                    for context in self.contexts:
-                        yield self.fit(card, ranks, cache, value_bytes, context, layout)
+        """Every card, alone and two of them, dense BF16 and INT8, BF16 and FP8 cache, every context of the model."""
+        for card, ranks, dense in itertools.product(CARDS, (1, 2), ("bf16", "int8")):
+            for cache, value_bytes in (("BF16", BF16), ("FP8", FP8)):
+                for context in self.contexts:
+                    yield self.fit(card, ranks, cache, value_bytes, context, layout, dense)
 
-    def fit(self, card: Card, ranks: int, cache: str, value_bytes: int, context: int, layout: Layout = OURS) -> Fit:
+    def fit(
+        self,
+        card: Card,
+        ranks: int,
+        cache: str,
+        value_bytes: int,
+        context: int,
+        layout: Layout = OURS,
+        dense: str = "bf16",
+    ) -> Fit:
         """One row; no requests where the weights alone are too large."""
         weights = self.weights(layout, ranks)
+        if dense == "int8":
+            weights -= self.dense(ranks) - self.dense_int8(ranks)
         working = self.working(card.batched_tokens, tensor_parallel=ranks)
         one = self.cache_of_request(context, card.batched_tokens, value_bytes, ranks)
         left = card.usable - weights - working
-        return Fit(card.name, card.memory, ranks, cache, context, weights, working, one, max(0, left // one))
+        return Fit(card.name, card.memory, ranks, cache, context, weights, working, one, max(0, left // one), dense)

@@ -13,7 +13,6 @@ from torch import Tensor
 
 from vllm_mxfp4_sm120.dense import native, plan
 from vllm_mxfp4_sm120.dense.int8 import Int8Weights
-from vllm_mxfp4_sm120.dense.trial import Timing
 
 TABLE = tuple(native.DenseConfiguration(name, "int8" in name, 16, 32, 256, 0) for name in ("bf16_fake", "int8_fake"))
 # (tokens, microseconds of ours, of torch's): ours at 5 to 8, where all prompts are decoded at once, and nowhere else.
@@ -34,7 +33,7 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None, scale: Tensor | None,
 
 def make(layers, machine, prove) -> plan.Plan:
     timings = {
-        shape: [Timing(tokens, f"{'int8' if shape.int8 else 'bf16'}_fake", *times) for tokens, *times in TIMES]
+        shape: [plan.Timing(tokens, f"{'int8' if shape.int8 else 'bf16'}_fake", *times) for tokens, *times in TIMES]
         for shape in layers.values()
     }
     return plan.Plan(None, timings)

@@ -59,9 +59,20 @@ def fuzz(calls: int) -> None:
     }
     ids = {"router_logits": None, "topk_ids": torch.zeros(3, 2, dtype=torch.int32), "topk_weights": torch.zeros(3, 2)}
     router = {"x": x, "weight": torch.ones(4, 64, dtype=torch.bfloat16), "bias": torch.ones(4, dtype=torch.bfloat16)}
+    linear = {"x": x, "weight": torch.ones(5, 64, dtype=torch.bfloat16), "scale": None}
+    linear |= {"bias": torch.ones(5, dtype=torch.bfloat16), "config": -1}
+    int8 = {"weight": torch.ones(5, 64, dtype=torch.int8), "scale": torch.ones(5, 2, dtype=torch.bfloat16), "config": 1}
     answered = refused = 0
     for _ in range(calls):
-        call, given = choose.choice(((op, right), (op, right | ids), (ops.router_logits, router)))
+        call, given = choose.choice(
+            (
+                (op, right),
+                (op, right | ids),
+                (ops.router_logits, router),
+                (ops.dense_linear, linear),
+                (ops.dense_linear, linear | int8),
+            )
+        )
         given = dict(given)
         for name in choose.sample(list(given), choose.randint(1, 3)):
             value = given[name]

@@ -106,27 +106,43 @@ def test_no_block_has_more_shared_memory_than_sm120_gives(library: Path, resourc
     assert max(static.values()) <= MAX_SHARED_BYTES
 
 
-# Of a thread, at most, by weights and m16 tiles of tokens. With 8 warps 255, with 12 warps 168 are all there are, and
-# what a kernel asks for beyond spills.
-DENSE_REGISTERS = {"Bf16ELi1": 184, "Bf16ELi2": 255, "Int8ELi1": 168, "Int8ELi2": 255}
+# Of a thread, at most, by weights and, of the streaming ones, m16 tiles of tokens. With 8 warps 255, with 12 warps 168
+# are all there are, and what a kernel asks for beyond spills.
+DENSE_REGISTERS = {
+    "linear.*Bf16ELi1": 184,
+    "linear.*Bf16ELi2": 255,
+    "linear.*Int8ELi1": 168,
+    "linear.*Int8ELi2": 255,
+    "tiled.*Bf16Rows": 168,
+    "tiled.*Int8Rows": 232,
+}
 
 
 def test_what_a_block_of_the_dense_kernels_takes(library: Path, resources):
     for name, most in DENSE_REGISTERS.items():
-        found = {arch: use["REG"] for (arch, kernel), use in resources.items() if re.search(f"linear.*{name}", kernel)}
-        assert found.keys() == ARCHITECTURES and max(found.values()) <= most, (name, found)
+        found = {key: use["REG"] for key, use in resources.items() if re.search(name, key[1])}
+        assert {arch for arch, _ in found} == ARCHITECTURES and max(found.values()) <= most, (name, found)
     said = in_a_new_process(
         library,
         """
 from vllm_mxfp4_sm120.dense import native
 library.load()
-print(native.max_tokens(), [(c.name, c.int8, c.tokens, c.threads, c.shared_bytes) for c in native.configurations()])
+print([list(vars(config).values()) for config in native.configurations()])
 """,
     )
-    assert said.stdout.strip() == (
-        "256 [('bf16_tokens16', False, 16, 256, 40960), ('bf16_tokens32', False, 32, 256, 81920), "
-        "('int8_tokens16', True, 16, 384, 61440), ('int8_tokens32', True, 32, 256, 81920)]"
-    ), said.stderr
+    assert said.returncode == 0, said.stderr
+    table = {name: rest for name, *rest in ast.literal_eval(said.stdout)}
+    assert len(table) == 13 and max(rest[-1] for rest in table.values()) <= MAX_SHARED_BYTES
+    for name, rest in {
+        "bf16_tokens16": [False, 16, 32, 256, 40960],
+        "bf16_tokens32": [False, 32, 32, 256, 81920],
+        "int8_tokens16": [True, 16, 32, 384, 61440],
+        "int8_tokens32": [True, 32, 32, 256, 81920],
+        "bf16_128x64": [False, 64, 64, 256, 98304],
+        "int8_128x64": [True, 64, 64, 256, 101376],
+        "int8_256x64": [True, 64, 64, 256, 76800],
+    }.items():
+        assert table[name] == rest
 
 
 def test_only_instructions_that_every_card_has(sass):

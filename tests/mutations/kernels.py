@@ -13,6 +13,8 @@ from tests.mutations.table import Mutation
 PACKAGE = "csrc"
 SUITE = "conformance"
 
+DENSE = "a linear layer against float64, in `test_kernel_mutations.py`"
+
 WAIT = "cp_async_wait<STAGES - 2>();"
 LARGEST = "fmaxf(fmaxf(fabsf(v[0]), fabsf(v[1])), fmaxf(fabsf(v[2]), fabsf(v[3])))"
 
@@ -100,6 +102,15 @@ MUTATIONS = (
         "scales_of_rows(t.scales, 0)",
         SUITE,
     ),
+    Mutation(
+        "a linear layer's copies not waited for",
+        "dense/tiled.cu",
+        "cp_async_wait<T::STAGES - 2>();",
+        "cp_async_wait<T::STAGES - 1>();",
+        DENSE,
+    ),
+    Mutation("the first scale for both halves of a step", "dense/tiled.cu", "16 - 16 * half", "16", DENSE),
+    Mutation("the last part of K not added", "dense/tiled.cu", "part < split.parts", "part < split.parts - 1", DENSE),
 )
 
 

@@ -9,13 +9,16 @@ import shutil
 from dataclasses import replace
 
 import pytest
+import torch
 
 from tests.conformance.cases import Case
 from tests.conformance.emulated import emulated_native
 from tests.conformance.suite import TOLERANCE, Subject
 from tests.kernels.emulated import configs as table
+from tests.kernels.emulated import dense, dense_configs
 from tests.mutations.kernels import MUTATIONS, build_with_faults, switch_on
 from tests.mutations.table import Mutation
+from vllm_mxfp4_sm120.dense.int8 import Int8Weights
 
 # A few small layers with what is odd: every kind of fault shows in one of them.
 LAYER = Case(5, hidden_blocks=3, intermediate_blocks=4, experts=5, top_k=3, tokens=8, path="routed")
@@ -30,7 +33,7 @@ CASES = [
     replace(LAYER, experts=1, top_k=1, tokens=140, hidden_blocks=10, intermediate_blocks=2),
 ]
 # Of the dispatch table: both forms of the decode kernel, tiles of 4 and of 8 warps.
-CONFIGS = {"decode": (0, 1), "grouped": (2, 7), "common": (0, 2)}
+CONFIGS = {"decode": (0, 1), "grouped": (2, 7), "common": (0, 2), "dense": ()}
 
 pytestmark = [
     pytest.mark.skipif(shutil.which("g++") is None, reason="needs g++"),
@@ -43,12 +46,28 @@ def library(tmp_path_factory: pytest.TempPathFactory) -> ctypes.CDLL:
     return build_with_faults(tmp_path_factory.mktemp("faults"))
 
 
+def linear_layer_is_wrong(library: ctypes.CDLL) -> bool:
+    """INT8, more tokens and more rows than a block takes at once, K in parts."""
+    draw = torch.Generator().manual_seed(0)
+    x, weight = (torch.randn(rows, 64 * 9, generator=draw).bfloat16() for rows in (70, 150))
+    encoded = Int8Weights.quantize(weight)
+    library.emulate(6, True, 0)
+    try:
+        out = dense(library, dense_configs(library).index("int8_128x64"), x, encoded.codes, encoded.scales, None)
+    except AssertionError:  # read before it was there
+        return True
+    right = x.double() @ encoded.decode(dtype=torch.float64).T
+    return not (out.double() - right).norm() <= TOLERANCE["native"] * right.norm()
+
+
 def is_wrong(library: ctypes.CDLL, mutation: Mutation | None, configs: tuple[int, ...]) -> bool:
     """In a child, for the emulator ends the process where all threads wait for each other."""
     child = os.fork()
     if child == 0:
         os.dup2(os.open(os.devnull, os.O_WRONLY), 2)
         switch_on(library, mutation)
+        if not configs:
+            os._exit(linear_layer_is_wrong(library))
         for config in configs:
             # Few blocks, so that each has much to do, three at least; copies as late as they may be.
             library.emulate(1 if config in CONFIGS["grouped"] else 3, True, 0)
@@ -67,4 +86,4 @@ def test_a_fault_is_caught(library: ctypes.CDLL, mutation: Mutation) -> None:
 
 
 def test_no_fault_is_no_fault(library: ctypes.CDLL) -> None:
-    assert not is_wrong(library, None, (0, 1, 2, 7))
+    assert not is_wrong(library, None, (0, 1, 2, 7)) and not is_wrong(library, None, ())

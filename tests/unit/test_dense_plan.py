@@ -17,7 +17,7 @@ from vllm_mxfp4_sm120.dense import linear as operator
 from vllm_mxfp4_sm120.dense import native, plan, trial
 from vllm_mxfp4_sm120.dense.int8 import Int8Weights
 from vllm_mxfp4_sm120.dense.linear import TORCHS_OWN, LinearShape
-from vllm_mxfp4_sm120.dense.trial import Timing
+from vllm_mxfp4_sm120.dense.plan import Timing
 
 SHAPE = LinearShape(40, 96, int8=True)
 TABLE = tuple(
@@ -98,11 +98,14 @@ def solve(monkeypatch: pytest.MonkeyPatch, *shapes: LinearShape) -> proof.Proof:
     """With `int8_a` twice as fast as torch's, the others slower."""
     monkeypatch.setattr(trial, "TIMED", (1, 8))
 
-    def microseconds(call, copies):
-        before = len(calls)
-        call(copies[0])
-        kernel = calls[-1][1] if len(calls) > before else None
-        return {1: 4.0, None: 8.0}.get(kernel, 9.0)
+    def microseconds(each, copies, device):
+        times = {}
+        for name, call in each.items():
+            before = len(calls)
+            call(copies[0])
+            kernel = calls[-1][1] if len(calls) > before else None
+            times[name] = {1: 4.0, None: 8.0}.get(kernel, 9.0)
+        return times
 
     calls = []
     right = native.linear
@@ -175,7 +178,9 @@ def test_the_card_is_asked_once(child: list) -> None:
     """Of each shape that a kernel could take; then the record is read, by whoever starts next."""
     first = plan.make(LAYERS, machine("H100"))
     assert first.timings == {SHAPE: TIMINGS} and first == plan.make(LAYERS, machine("H100"))
-    assert child[1:] == [(trial.solve, {"shapes": [[40, 96, True, True]], "device": "cuda:0"}, 300)]
+    assert child[1:] == [
+        (f"{trial.__name__}:{trial.solve.__name__}", {"shapes": [[40, 96, True, True]], "device": "cuda:0"}, 300)
+    ]
     plan.make(LAYERS, machine("H100").__class__((9, 0), (13, 0), "H200"))
     assert len(child) == 3
 

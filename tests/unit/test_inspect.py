@@ -39,7 +39,7 @@ def test_a_whole_checkpoint(model: Path, capsys: pytest.CaptureFixture[str]) -> 
     assert report["sizes"]["num_experts"] == 3 and report["block_size"] == 32
     sizes = {each["name"]: (each["hidden_size"], each["intermediate_size"]) for each in report["layouts"]}
     assert sizes["vLLM Marlin"] == (256, 128) and sizes["native, triton, tiled"] == (96, 64)
-    assert len(report["fits"]) == 7 * 2 * 2 * 3
+    assert len(report["fits"]) == 7 * 2 * 2 * 2 * 3
     assert main(["inspect", str(model)]) == 0
     out = capsys.readouterr().out
     assert "every tensor is as it should be" in out and "2 x 32 GB (RTX 5090)" in out

@@ -110,15 +110,24 @@ def lines(report: Report) -> Iterator[str]:
 
 
 def table(fits: list[Fit]) -> Iterator[str]:
-    """Requests at once: a row for each card and number of them, columns by cache and context."""
+    """Requests at once: a row for each card and number of them, columns by cache and context.
+
+    Those with `dense: int8` too, where that makes room for what doesn't fit without.
+    """
     columns = list(dict.fromkeys((row.cache, row.context) for row in fits))
     heads = "".join(f"{f'{cache} {context // 1024}K':>11}" for cache, context in columns)
     yield f"{'card':28}{'weights + work GiB':>20}{heads}"
-    rows = {(row.card, row.memory_gb, row.tensor_parallel): row for row in fits}
-    for (card, memory, ranks), first in rows.items():
-        name = f"{'2 x ' if ranks == 2 else ''}{memory} GB ({card})"
-        cells = [row for row in fits if (row.card, row.tensor_parallel) == (card, ranks)]
-        counts = "".join(f"{row.requests or '-':>11}" for row in cells)
+    cells: dict[tuple[str, int, str], list[Fit]] = {}
+    for row in fits:
+        cells.setdefault((row.card, row.tensor_parallel, row.dense), []).append(row)
+    for (card, ranks, dense), row_of in cells.items():
+        without = cells[card, ranks, "bf16"]
+        if dense == "int8" and not any(a.requests and not b.requests for a, b in zip(row_of, without, strict=True)):
+            continue
+        first = row_of[0]
+        name = f"{'2 x ' if ranks == 2 else ''}{first.memory_gb} GB ({card})"
+        counts = "".join(f"{row.requests or '-':>11}" for row in row_of)
+        name = "  with dense: int8" if dense == "int8" else name
         yield f"{name:28}{(first.weights + first.working) / GIB:20.1f}{counts}"
     yield "an estimate, for vLLM's defaults; with the desktop on the card there is less"
 

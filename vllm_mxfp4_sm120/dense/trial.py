@@ -3,9 +3,9 @@
 
 from __future__ import annotations
 
-import statistics
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -13,10 +13,12 @@ from torch import Tensor
 from torch.nn import functional
 
 from vllm_mxfp4_sm120.backends.native import library
+from vllm_mxfp4_sm120.bench import timing
 from vllm_mxfp4_sm120.dense import native
 from vllm_mxfp4_sm120.dense.int8 import Int8Weights
 from vllm_mxfp4_sm120.dense.linear import LinearShape
 from vllm_mxfp4_sm120.dense.native import DenseConfiguration
+from vllm_mxfp4_sm120.dense.plan import Timing
 from vllm_mxfp4_sm120.proof.problem import LARGE_TOKEN, TINY_TOKEN, Proof, relative_error
 
 # Less than each kernel takes at once, all of that, and more.
@@ -29,16 +31,9 @@ TOLERANCE = 4e-3
 LARGEST_OUTPUT = 1 << 24  # rows times columns of weights that are in float64 at once
 ROTATED = 3  # times the L2 cache: so many bytes of weights are walked over, so that it never holds the next call's
 REPLAYS = 7
-
-
-@dataclass(frozen=True)
-class Timing:
-    """At so many tokens: our fastest kernel's name, its microseconds, and those of what would answer instead."""
-
-    tokens: int
-    name: str
-    ours: float
-    torchs: float
+# Calls in a graph, for its own launch takes some microseconds; of weights of this size one call is long enough.
+GRAPH_CALLS, LARGE = 24, 1 << 28
+TORCHS = "torch"  # its name among the kernels'
 
 
 @dataclass(frozen=True)
@@ -98,12 +93,14 @@ def solve(shapes: list[list[Any]], device: str) -> Proof:
     """`shapes` are fields of `LinearShape`. The proof's `found`: by a shape's text, fields of a `Timing` a size."""
     try:
         library.load()
+        if torch.device(device).type == "cuda":
+            torch.cuda.set_device(device)
         found = {}
         for shape in (LinearShape(*fields) for fields in shapes):
             problem = Problem.random(shape, device)
             if (reason := what_is_wrong(problem)) is not None:
                 return Proof(f"{shape}: {reason}")
-            found[str(shape)] = [list(vars(timing).values()) for timing in timings(problem)]
+            found[str(shape)] = [list(vars(time).values()) for time in timings(problem)]
     except Exception as error:
         return Proof.of_error(error)
     return Proof(None, found=found)
@@ -144,37 +141,33 @@ def kernels(shape: LinearShape) -> Iterator[tuple[int, DenseConfiguration]]:
 
 
 def timings(problem: Problem) -> Iterator[Timing]:
-    """At each size the fastest of our kernels and torch's, in turn."""
+    """At each size the fastest of our kernels, and torch's."""
     copies = problem.copies()
     for tokens in TIMED:
-        x = inputs(problem.shape, tokens, problem.weight.device)
-        calls = {"": lambda copy, x=x: copy.torchs(x)} | {
-            config.name: lambda copy, x=x, kernel=kernel: copy.ours(x, kernel)
-            for kernel, config in kernels(problem.shape)
-        }
-        times = {name: microseconds(call, copies) for name, call in calls.items()}
-        torchs = times.pop("")
+        times = times_at(tokens, copies)
+        torchs = times.pop(TORCHS)
         name = min(times, key=times.__getitem__)
         yield Timing(tokens, name, round(times[name], 2), round(torchs, 2))
 
 
-def microseconds(call: Callable[[Problem], Tensor], copies: list[Problem]) -> float:
-    """Of one call, in a CUDA graph that walks over the copies, as it is served: the median of some replays."""
-    stream = torch.cuda.Stream()
-    stream.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(stream):
-        call(copies[0])
-    torch.cuda.synchronize()
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        for copy in copies:
-            call(copy)
-    times = []
-    for _ in range(REPLAYS + 1):
-        start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
-        start.record()
-        graph.replay()
-        end.record()
-        torch.cuda.synchronize()
-        times.append(start.elapsed_time(end) * 1e3 / len(copies))
-    return float(statistics.median(times[1:]))
+def times_at(tokens: int, copies: list[Problem]) -> dict[str, float]:
+    """Microseconds of each kernel that takes the shape, and of torch's linear."""
+    shape, device = copies[0].shape, copies[0].weight.device
+    x = inputs(shape, tokens, device)
+    calls: dict[str, Callable[[Problem], Tensor]] = {TORCHS: lambda copy: copy.torchs(x)}
+    for number, config in kernels(shape):
+        calls[config.name] = partial(Problem.ours, x=x, kernel=number)
+    return microseconds(calls, copies, device)
+
+
+def microseconds(
+    calls: Mapping[str, Callable[[Problem], Tensor]], copies: list[Problem], device: torch.device
+) -> dict[str, float]:
+    """Of one call each, in CUDA graphs that walk over the copies, as it is served: medians, all of them in turn."""
+    again = max(1, GRAPH_CALLS // len(copies)) if copies[0].weight.nbytes < LARGE else 1
+    walks = {
+        name: timing.walk_over([partial(call, copy) for copy in copies], again, capture=device.type == "cuda")
+        for name, call in calls.items()
+    }
+    times = timing.medians({name: walk.run for name, walk in walks.items()}, device, REPLAYS)
+    return {name: time / walks[name].calls for name, time in times.items()}

@@ -8,7 +8,6 @@ import os
 import signal
 import subprocess
 import sys
-from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -19,8 +18,9 @@ from vllm_mxfp4_sm120 import settings
 from vllm_mxfp4_sm120.backends.base import Backend
 from vllm_mxfp4_sm120.lifeline import tied
 from vllm_mxfp4_sm120.moe import MoEShape
-from vllm_mxfp4_sm120.proof.problem import Proof, solve_named
+from vllm_mxfp4_sm120.proof.problem import Proof
 
+SOLVER = "vllm_mxfp4_sm120.proof.problem:solve_named"  # of backends
 SCRIPT = Path(__file__).with_name("child_main.py")
 
 
@@ -31,16 +31,15 @@ def solve_in_child(backend: type[Backend], shape: MoEShape, device: torch.device
         "shape": asdict(shape),
         "device": str(device),
     }
-    return run_in_child(solve_named, arguments, seconds)
+    return run_in_child(SOLVER, arguments, seconds)
 
 
-def run_in_child(solver: Callable[..., Proof], arguments: dict[str, Any], seconds: float) -> Proof:
-    """`solver(**arguments)`, which JSON can hold, in a process that ends with this one, however this one ends."""
-    task = {
-        "solver": f"{solver.__module__}:{solver.__qualname__}",
-        "arguments": arguments,
-        "path": import_path(),
-    }
+def run_in_child(solver: str, arguments: dict[str, Any], seconds: float) -> Proof:
+    """The `Proof` of a function, "module:name", of arguments that JSON can hold.
+
+    In a process that ends with this one, however this one ends.
+    """
+    task = {"solver": solver, "arguments": arguments, "path": import_path()}
     options: dict[str, Any] = {
         "stdout": subprocess.PIPE,
         "stderr": subprocess.PIPE,
