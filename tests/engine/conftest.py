@@ -18,6 +18,7 @@ import torch
 from tests.conftest import MadeOnce
 from vllm_mxfp4_sm120 import selector
 from vllm_mxfp4_sm120.checkpoint import Sizes
+from vllm_mxfp4_sm120.lifeline import tied
 from vllm_mxfp4_sm120.memory import upcast_bytes
 from vllm_mxfp4_sm120.mxfp4 import BLOCK
 
@@ -77,18 +78,16 @@ def generate(
     how = (ONE_PROCESS if ranks == 1 else ONE_OF_SEVERAL) | (EAGER if engine.get("enforce_eager") else {})
     task = {"engine": engine, "prompts": prompts, "max_tokens": MAX_TOKENS, "rounds": rounds, "score": score}
     task["vllm_routes"] = vllm_routes
-    with (directory / "engine.log").open("w") as log:
-        subprocess.run(
-            [sys.executable, "-m", "tests.engine.generate", str(directory / RESULT)],
-            cwd=Path(__file__).parents[2],
-            input=json.dumps(task),
-            text=True,
-            check=True,
-            stdout=log,
-            stderr=subprocess.STDOUT,
-            timeout=600,
-            env={**ENV, **how, **(env or {})},
-        )
+    command = [sys.executable, "-m", "tests.engine.generate", str(directory / RESULT)]
+    options = {"cwd": Path(__file__).parents[2], "env": {**ENV, **how, **(env or {})}, "text": True}
+    # Tied, for ranks outlive their engine's process: none is left to whoever stops the tests.
+    with (
+        (directory / "engine.log").open("w") as log,
+        tied(command, stdin=subprocess.PIPE, stdout=log, stderr=subprocess.STDOUT, **options) as process,
+    ):
+        process.communicate(json.dumps(task), timeout=600)
+    if process.returncode:
+        raise subprocess.CalledProcessError(process.returncode, command)
     return Answers.read(directory)
 
 
