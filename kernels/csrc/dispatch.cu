@@ -5,17 +5,6 @@
 namespace mxfp4_sm120 {
 namespace {
 
-struct Carver {
-  uint8_t* base;
-  int64_t at = 0;
-  template <typename T>
-  T* take(int64_t count) {
-    T* p = reinterpret_cast<T*>(base + at);
-    at += (count * static_cast<int64_t>(sizeof(T)) + 255) / 256 * 256;
-    return p;
-  }
-};
-
 // What is kept from call to call, with the most counters that a call can need.
 static_assert(256 + 2 * sizeof(DecodeExchange) + 4 * DECODE_MAX_VALUES + 256 +
                   4 * max_token_blocks(MAX_TOKENS, MAX_EXPERTS, MAX_TOP_K) + 256 <=

@@ -42,6 +42,18 @@ __host__ __device__ constexpr int max_token_blocks(int M, int local_experts, int
   return M * top_k / 8 + local_experts;
 }
 
+// Cuts arrays off a run of bytes, one after the other.
+struct Carver {
+  uint8_t* base;
+  int64_t at = 0;
+  template <typename T>
+  T* take(int64_t count) {
+    T* p = reinterpret_cast<T*>(base + at);
+    at += (count * static_cast<int64_t>(sizeof(T)) + 255) / 256 * 256;
+    return p;
+  }
+};
+
 struct Workspace {
   DecodeWorkspace decode;
   GroupedWorkspace grouped;

@@ -7,7 +7,7 @@ import ctypes
 import hashlib
 import shutil
 import subprocess
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
@@ -30,15 +30,19 @@ def sources(csrc: Path = CSRC) -> list[Path]:
     return [path for path in files if path.stem not in ("cutlass_sm120", "flashinfer_sm120")]
 
 
-def build(csrc: Path = CSRC, arch: int = 800) -> ctypes.CDLL:
+def build(csrc: Path = CSRC, arch: int = 800, twin: bool = False) -> ctypes.CDLL:
     """The kernels compiled for the emulator, as for a card of that __CUDA_ARCH__.
 
+    From 1200 on with the FP4 kernels and their instruction; with `twin` with ordinary products in its place.
     Once, for all processes and all runs: the file's name says what it was compiled from, and by what.
     """
     files = {path.relative_to(csrc): path for path in sources(csrc)}
-    files |= {path.relative_to(EMULATOR): path for path in EMULATOR.iterdir()}
-    files[Path("common/ptx.cuh")] = files.pop(Path("ptx.cuh"))  # in place of the kernels'
+    files |= {path.relative_to(EMULATOR): path for path in EMULATOR.rglob("*.*")}  # some in place of the kernels'
     compiler = ["g++", "-std=c++17", "-O2", "-fPIC", "-w", f"-D__CUDA_ARCH__={arch}"]
+    if arch < 1200 and not twin:
+        files = {name: path for name, path in files.items() if not name.as_posix().startswith("fp4")}
+    elif not twin:
+        compiler.append("-DMXFP4_SM120_BLOCK_SCALED")
     digest = hashlib.sha256(repr(compiler).encode() + subprocess.check_output(["g++", "--version"]))
     for name, path in sorted(files.items()):
         digest.update(f"{name}\0".encode() + path.read_bytes())
@@ -62,7 +66,7 @@ def compile_files(files: Mapping[Path, Path], compiler: Sequence[str], directory
         copy.parent.mkdir(exist_ok=True)
         shutil.copy(path, copy)
     running = []
-    for source in (*directory.rglob("*.cu"), directory / "entry.cpp"):
+    for source in (*directory.rglob("*.cu"), *directory.glob("*.cpp")):
         command = [*compiler, f"-I{directory}", "-x", "c++", "-c", source, "-o", directory / f"{source.stem}.o"]
         running.append(subprocess.Popen(command, stderr=subprocess.PIPE, text=True))
     for process in running:
@@ -153,6 +157,9 @@ class Emulated:
         workspace[: self.library.moe_kept_bytes()] = 0
         return workspace
 
+    def _launch(self) -> Callable[..., bytes | None]:
+        return self.library.moe
+
     def __call__(
         self,
         x: Tensor,
@@ -180,7 +187,7 @@ class Emulated:
             *(shape.num_experts, shape.local_experts, shape.top_k),
             shape.activation is Activation.SWIGLU_OAI,
         )
-        error = self.library.moe(ctypes.byref(args), config)
+        error = self._launch()(ctypes.byref(args), config)
         assert error is None, error
         assert self.library.early_loads() == 0, "shared memory is read while copies to it are under way"
         return out

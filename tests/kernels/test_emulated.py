@@ -21,7 +21,7 @@ from vllm_mxfp4_sm120.moe import Activation, MoEShape, reference, topk_softmax
 pytestmark = pytest.mark.skipif(shutil.which("g++") is None, reason="needs g++")
 
 CONFIGS = dict(enumerate(("decode", "gathered", *(f"tokens{tile}" for tile in (24, 40, 48, 64, 80, 112, 144)))))
-SM_80, SM_90 = 800, 900
+SM_80, SM_90 = 800, 1200  # with all that SM 9.0 has, and the FP4 kernels (test_fp4_emulated.py)
 # Each configuration, and on newer cards' road (bulk copies) those that have another there.
 KERNELS_AND_CARDS = pytest.mark.parametrize(
     ("config", "library"),

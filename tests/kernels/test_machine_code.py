@@ -7,6 +7,7 @@ It is compiled once, by kernels/build.sh, for the oldest card, for the one it is
 from __future__ import annotations
 
 import ast
+import functools
 import re
 from pathlib import Path
 
@@ -54,6 +55,12 @@ def foreign(sass: str) -> set[str]:
 @pytest.fixture(scope="session")
 def resources(library: Path) -> dict[tuple[str, str], dict[str, int]]:
     """(architecture, kernel) -> what the compiler gave it: REG, STACK, SHARED, LOCAL."""
+    return {key: use for key, use in all_resources(library).items() if "fp4" not in key[1]}
+
+
+@functools.cache
+def all_resources(library: Path) -> dict[tuple[str, str], dict[str, int]]:
+    """Those of the FP4 kernels too, which are in a part of the library with its own architectures."""
     found = {}
     arch = kernel = ""
     for line in run(cuobjdump(), "--dump-resource-usage", library).stdout.splitlines():
@@ -69,10 +76,17 @@ def resources(library: Path) -> dict[tuple[str, str], dict[str, int]]:
 @pytest.fixture(scope="session")
 def sass(library: Path) -> dict[str, str]:
     """Architecture -> its machine code, as text."""
+    return machine_code(library, fp4=False)
+
+
+@functools.cache
+def machine_code(library: Path, fp4: bool) -> dict[str, str]:
+    """Of the FP4 kernels or of all others."""
     texts: dict[str, str] = {}
     for part in run(cuobjdump(), "--dump-sass", library).stdout.split("\narch = ")[1:]:
-        arch = part.split(maxsplit=1)[0]
-        texts[arch] = texts.get(arch, "") + part
+        if ("fp4_gemms" in part) == fp4:
+            arch = part.split(maxsplit=1)[0]
+            texts[arch] = texts.get(arch, "") + part
     return texts
 
 

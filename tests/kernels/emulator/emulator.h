@@ -409,6 +409,10 @@ template <typename T>
 void __stcg(T* p, T v) {
   *p = v;
 }
+template <typename T>
+void __stcs(T* p, T v) {
+  *p = v;
+}
 using std::isnan;
 template <typename T>
 T min(T a, T b) {

@@ -138,6 +138,7 @@ def _load() -> str:
     library = find(Machine.here().capability) or LIBRARY
     torch.ops.load_library(library)
     torch.library.register_fake("mxfp4_sm120::moe_layer", _fake_moe_layer)
+    torch.library.register_fake("mxfp4_sm120::fp4_moe_layer", _fake_moe_layer)
     torch.library.register_fake("mxfp4_sm120::router_logits", _fake_router_logits)
     torch.library.register_fake("mxfp4_sm120::dense_linear", _fake_dense_linear)
     architectures = str(torch.ops.mxfp4_sm120.architectures())

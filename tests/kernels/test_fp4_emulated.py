@@ -1,0 +1,253 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What the FP4 kernels compute, without a GPU: the product's operands, activations as terms, the whole layer."""
+
+from __future__ import annotations
+
+import ctypes
+import random
+import shutil
+from collections.abc import Callable
+
+import pytest
+import torch
+from torch import Tensor
+
+from tests.kernels.emulated import Emulated
+from tests.kernels.emulated_fp4 import SELECTORS, EmulatedFp4, fp4_configs, product
+from tests.kernels.test_emulated import inputs
+from tests.support.layers import random_weights
+from vllm_mxfp4_sm120 import terms as fp4_terms
+from vllm_mxfp4_sm120.moe import Activation, MoEShape, MoEWeights, activate, reference, topk_softmax
+from vllm_mxfp4_sm120.mxfp4 import E2M1_VALUES, dequantize
+
+pytestmark = pytest.mark.skipif(shutil.which("g++") is None, reason="needs g++")
+
+CONFIGS = dict(enumerate(f"terms{terms}_tokens{tokens}" for terms in (1, 2, 3) for tokens in (64, 128)))
+EACH = pytest.mark.parametrize("config", CONFIGS, ids=list(CONFIGS.values()))
+TWIN = pytest.mark.parametrize("twin", [False, True], ids=["instruction", "twin"])
+# Of a layer's output against float64, by terms: what one expert's output may be off, with nothing to average it.
+TOLERANCE = {1: 0.25, 2: 3e-2, 3: 3.2e-3}
+BF16_CONFIG = 5  # tokens64 of the other kernels
+
+
+@pytest.fixture
+def library(libraries: Callable[[int], ctypes.CDLL]) -> ctypes.CDLL:
+    return libraries(1200)
+
+
+def test_the_table(library: ctypes.CDLL):
+    assert fp4_configs(library) == {name: int(name[5]) for name in CONFIGS.values()}
+
+
+def words(codes: Tensor) -> Tensor:
+    """Codes [..., 8 n] -> int32 [..., n], the first in the lowest bits."""
+    shifts = 4 * torch.arange(8)
+    return (codes.unflatten(-1, (-1, 8)).long() << shifts).sum(-1).to(torch.int32)
+
+
+def operands(a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
+    """Codes [16, 64] and [8, 64] (column by column) as lanes hold them, by the PTX ISA's figures for m16n8k64."""
+    a, b = words(a).view(16, 2, 4), words(b).view(8, 2, 4)  # row, half, q
+    lanes_a = torch.stack((a[:8, 0], a[8:, 0], a[:8, 1], a[8:, 1]), -1)  # g, q, register
+    return lanes_a.reshape(32, 4), b.permute(0, 2, 1).reshape(32, 2)
+
+
+def values(codes: Tensor) -> Tensor:
+    return torch.tensor(E2M1_VALUES, dtype=torch.float64)[codes.long()]
+
+
+def accumulators(matrix: Tensor) -> Tensor:
+    """[16, 8] -> [32, 4] as lanes hold it."""
+    return matrix.view(2, 8, 4, 2).permute(1, 2, 0, 3).reshape(32, 4)
+
+
+@TWIN
+def test_every_operand_position_with_every_code(library: ctypes.CDLL, twin: bool):
+    """One element of A is a code, all others 0; B says by its value where it came from. And the other way round."""
+    ones = torch.full((32, 4), 127, dtype=torch.uint8)
+    for k in range(64):
+        codes = torch.zeros(16, 64, dtype=torch.uint8)
+        codes[:, k] = torch.arange(16)  # each row another one
+        for kept, other in ((k, 2), ((k + 13) % 64, 0)):  # is met by B's 1 at the same k, by nothing elsewhere
+            b = torch.zeros(8, 64, dtype=torch.uint8)
+            b[:, kept] = 2
+            out = product(library, 0, twin, *operands(codes, b), ones, ones, torch.zeros(32, 4))
+            expected = values(torch.arange(16))[:, None] * (other > 0) * torch.ones(8)
+            assert torch.equal(out.double(), accumulators(expected)), k
+        b = torch.zeros(8, 64, dtype=torch.uint8)
+        b[:, k] = torch.arange(8) + 8 * (k % 2)  # each column another one
+        a = torch.zeros(16, 64, dtype=torch.uint8)
+        a[:, k] = 5
+        out = product(library, 0, twin, *operands(a, b), ones, ones, torch.zeros(32, 4))
+        assert torch.equal(out.double(), accumulators((3 * values(b[:, k])).expand(16, 8).contiguous())), k
+
+
+@TWIN
+@pytest.mark.parametrize("selector", range(32))
+def test_scales_are_selected(library: ctypes.CDLL, twin: bool, selector: int):
+    """All bytes of all lanes differ by powers of two from their neighbours; small sums are exact in any order."""
+    a_byte, a_thread, b_byte, b_thread = SELECTORS[selector]
+    generator = torch.Generator().manual_seed(selector)
+    a, b = (torch.randint(0, 16, (rows, 64), generator=generator, dtype=torch.uint8) for rows in (16, 8))
+    scales = [torch.randint(124, 131, (32, 4), generator=generator, dtype=torch.uint8) for _ in range(2)]
+    d = torch.randint(-100, 100, (16, 8), generator=generator).float()
+    out = product(library, selector, twin, *operands(a, b), *scales, accumulators(d))
+    by_lane_a, by_lane_b = (2.0 ** (tensor.double() - 127) for tensor in scales)
+    quads = torch.arange(8) * 4
+    rows = torch.cat((by_lane_a[quads + 2 * a_thread], by_lane_a[quads + 2 * a_thread + 1]))[:, a_byte : a_byte + 2]
+    columns = by_lane_b[quads + b_thread][:, b_byte : b_byte + 2]
+    scaled_a = values(a) * rows.repeat_interleave(32, 1)
+    scaled_b = values(b) * columns.repeat_interleave(32, 1)
+    assert torch.equal(out.double(), accumulators(d.double() + scaled_a @ scaled_b.T))
+
+
+@TWIN
+def test_a_scale_of_255_is_nan(library: ctypes.CDLL, twin: bool):
+    zeros, scales = torch.zeros(16, 64, dtype=torch.uint8), torch.full((32, 4), 127, dtype=torch.uint8)
+    scales_a = scales.clone()
+    scales_a[4 * 3, 1] = 255  # of row 3's upper half of K
+    out = product(library, 0, twin, *operands(zeros, zeros[:8]), scales_a, scales, torch.zeros(32, 4))
+    expected = torch.zeros(16, 8)
+    expected[3] = torch.nan
+    assert torch.equal(out.isnan(), accumulators(expected).isnan()) and not out.nan_to_num().any()
+
+
+BAD, OVERFLOWS = [5, 6, 7], 3  # rows of `adversarial`: with NaN or infinity; whose sums are beyond FP32
+
+
+def adversarial(rows: int, k: int) -> Tensor:
+    """Blocks that are hard to write as terms: far neighbours, zeros, subnormals, the largest, ties, NaN, infinity."""
+    generator = torch.Generator().manual_seed(rows)
+    x = torch.randn(rows, k, generator=generator)
+    x[0, ::32] *= 2**20
+    x[1], x[2], x[3] = 0, x[3] * 2**-130, x[4].sign() * torch.finfo(torch.bfloat16).max
+    x[4] = torch.arange(k) % 29 * 0.25 - 3.5
+    x[5, 1], x[6, 2], x[7, 3] = torch.nan, torch.inf, -torch.inf
+    x[8] = -0.0
+    x[9] = x[9] * 2.0 ** torch.randint(-140, 120, (k,), generator=generator)
+    return x.bfloat16()
+
+
+@EACH
+def test_tokens_become_the_reference_s_terms(library: ctypes.CDLL, config: int):
+    """Bit by bit, of a K that ends in half a step too; what the kernel makes of activations as well."""
+    shape, tokens, terms = MoEShape(2, 2, 96, 96, 1), 12, fp4_configs(library)[CONFIGS[config]]
+    x = adversarial(tokens, shape.hidden_size)
+    layer = EmulatedFp4(library, shape, random_weights(shape, "cpu"))
+    workspace = layer.workspace(tokens)
+    library.emulate(3, True, 0)
+    layer(x, torch.zeros(tokens, 2), config, workspace=workspace)
+    codes, scales = fp4_terms.split(x, terms)
+    found = layer.terms(workspace, tokens, terms, activations=False)
+    assert torch.equal(found[1], scales) and torch.equal(found[0], codes)
+    codes, scales = layer.terms(workspace, tokens, terms, activations=True)
+    assert not ((codes.view(terms, tokens, -1, 16) != 0).any(-1) & (scales == 255)).any()
+    damaged = (scales == 255).any(0).any(-1)
+    damaged[OVERFLOWS] = False
+    assert damaged.nonzero().flatten().tolist() == BAD
+
+
+def problem(seed: int) -> tuple[MoEShape, int, Tensor | None]:
+    """A layer, tokens, an expert map: any multiples of 32, experts with none, few or most tokens."""
+    choose = random.Random(seed)
+    experts = choose.choice([1, 2, 5, 8, 16])
+    local = choose.randint(1, experts) if choose.random() < 0.3 else experts
+    top_k = choose.randint(1, min(4, experts))
+    hidden, intermediate = 32 * choose.randint(1, 12), 32 * choose.choice([1, 2, 3, 5, 8, 11])
+    tokens = choose.choice([1, 9, 17, 40, 64, 100, 130, 200, 300])
+    while tokens * top_k * hidden * intermediate > 1e7:  # seconds, here
+        tokens, hidden = -(-tokens // 2), max(32, hidden // 64 * 32)
+    shape = MoEShape(
+        experts, local, hidden, intermediate, top_k, choose.random() < 0.7, choose.choice(list(Activation))
+    )
+    expert_map = torch.full((experts,), -1, dtype=torch.int32)
+    expert_map[torch.tensor(choose.sample(range(experts), local))] = torch.arange(local, dtype=torch.int32)
+    return shape, tokens, None if local == experts else expert_map
+
+
+def of_terms(values: Tensor, terms: int) -> Tensor:
+    return fp4_terms.join(*fp4_terms.split(values, terms))
+
+
+def reference_on_terms(
+    weights: MoEWeights, x: Tensor, logits: Tensor, shape: MoEShape, expert_map, terms: int
+) -> Tensor:
+    """The layer in float64 on the same terms as the kernels: what is left is FP32 sums and the output's rounding."""
+    ids, gates = topk_softmax(logits, shape.top_k)
+    x, out = of_terms(x, terms), torch.zeros(x.shape, dtype=torch.float64)
+    for expert in ids.unique().tolist():
+        local = expert if expert_map is None else int(expert_map[expert])
+        if local < 0:
+            continue
+        token, slot = (ids == expert).nonzero(as_tuple=True)
+        hidden = x[token] @ dequantize(weights.w13[local], weights.w13_scale[local], torch.float64).T
+        if weights.w13_bias is not None:
+            hidden += weights.w13_bias[local].double()
+        act = of_terms(activate(hidden, shape.activation).float(), terms)
+        down = act @ dequantize(weights.w2[local], weights.w2_scale[local], torch.float64).T
+        if weights.w2_bias is not None:
+            down += weights.w2_bias[local].double()
+        out.index_add_(0, token, down * gates[token, slot].double()[:, None])
+    return out
+
+
+def errors(library: ctypes.CDLL, seed: int, config: int) -> dict[str, float] | None:
+    """Of the output against float64, on the same terms and exact, and of the BF16 kernels; None if it is all zeros."""
+    shape, tokens, expert_map = problem(seed)
+    x, logits = inputs(shape, tokens, seed)
+    if seed % 3 == 0:
+        logits[:, 0] += 3  # most tokens choose the same expert
+    library.emulate([1, 2, 3, 5, 9][seed % 5], seed % 4 > 0, seed)
+    weights, terms = random_weights(shape, "cpu"), config // 2 + 1
+    right = reference(weights, x, *topk_softmax(logits, shape.top_k), shape.activation, expert_map)
+    if not right.any():
+        return None
+    on_terms = reference_on_terms(weights, x, logits, shape, expert_map, terms)
+    out = EmulatedFp4(library, shape, weights)(x, logits, config, expert_map)
+    bf16 = Emulated(library, shape, weights)(x, logits, BF16_CONFIG, expert_map)
+
+    def wrong_by(out: Tensor, right: Tensor) -> float:
+        return float((out.double() - right).norm() / right.norm())
+
+    return {"on terms": wrong_by(out, on_terms), "exact": wrong_by(out, right), "bf16": wrong_by(bf16, right)}
+
+
+@pytest.mark.parametrize("seed", range(6))
+def test_right(library: ctypes.CDLL, seed: int):
+    config = seed % 6
+    found = errors(library, seed, config)
+    assert found is not None, "another seed"
+    # An activation that lies at the border of two codes may get the other one: of one term that is 0.1 of it.
+    assert found["on terms"] <= (2e-2, 4e-3, 2.8e-3)[config // 2], (problem(seed), CONFIGS[config], found)
+    assert found["exact"] <= TOLERANCE[config // 2 + 1], (problem(seed), CONFIGS[config], found)
+
+
+@EACH
+def test_the_same_bits_in_any_order_and_call_after_call(library: ctypes.CDLL, config: int):
+    shape = MoEShape(5, 5, 96, 96, 3)
+    x, logits = inputs(shape, 30, 0)
+    layer = EmulatedFp4(library, shape, random_weights(shape, "cpu"))
+    workspace, outs = layer.workspace(30), []
+    for seed in range(3):
+        library.emulate(seed + 1, seed % 2 == 0, seed)
+        outs.append(layer(x, logits, config, workspace=workspace))
+    assert all(torch.equal(out, outs[0]) for out in outs)
+
+
+@pytest.mark.parametrize("config", [4, 5], ids=[CONFIGS[4], CONFIGS[5]])
+def test_bad_rows_stay_alone(library: ctypes.CDLL, config: int):
+    """NaN and infinity make their token NaN and no other; sums beyond FP32 do what they do in the BF16 kernels."""
+    shape = MoEShape(4, 4, 96, 96, 2)
+    x, logits = adversarial(40, 96), torch.randn(40, 4, generator=torch.Generator().manual_seed(0))
+    library.emulate(2, True, 0)
+    layer = EmulatedFp4(library, shape, random_weights(shape, "cpu"))
+    out, bad, others = layer(x, logits, config), torch.tensor(BAD), torch.ones(40, dtype=torch.bool)
+    assert out[bad].isnan().all()
+    bf16 = Emulated(library, shape, random_weights(shape, "cpu"))(x, logits, BF16_CONFIG)
+    assert torch.equal(out[OVERFLOWS].isfinite(), bf16[OVERFLOWS].isfinite())
+    others[bad] = others[OVERFLOWS] = False
+    right = reference(random_weights(shape, "cpu"), x[others], *topk_softmax(logits[others], 2), shape.activation)
+    error = (out[others].double() - right).norm(dim=1) / right.norm(dim=1)
+    assert error.max() <= 1e-2, error
+    x[bad] = 0
+    assert torch.equal(layer(x, logits, config)[others], out[others])
