@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import json
+import time
 from pathlib import Path
 
 import pytest
@@ -125,6 +126,16 @@ def test_the_trial(monkeypatch: pytest.MonkeyPatch, kernels: list) -> None:
     }
     assert {(tokens, kernel) for tokens in trial.CHECKED for kernel in (0, 1, 2)} <= set(kernels)
     assert 3 not in {kernel for _, kernel in kernels}, "int8_c takes no 96 columns"
+
+
+def test_the_clock(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Microseconds of a call, each over all copies of the weights: a kernel that sleeps is as slow as it sleeps."""
+    right = native.linear
+    monkeypatch.setattr(native, "linear", lambda *given, **more: time.sleep(2e-3) or right(*given, **more))
+    copies = [trial.Problem.random(SHAPE, "cpu")] * 3
+    times = trial.times_at(4, copies)
+    assert times.keys() == {"torch", "int8_a", "int8_b"}
+    assert times["int8_a"] > 2000 > times["torch"] > 0
 
 
 def with_row_off(out):

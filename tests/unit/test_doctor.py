@@ -92,6 +92,19 @@ def test_without_proof(monkeypatch, capsys):
     assert f"flashinfer_trtllm       no: {NO_FLASHINFER}" in printed
 
 
+def test_which_linear_answers(monkeypatch, capsys):
+    """Asked of the card where a user wants to know, and of nothing else."""
+    pretend(monkeypatch, "RTX 5090")
+    monkeypatch.setattr(doctor.plan, "make", lambda *given: asked.append(given) or doctor.plan.Plan("no answer"))
+    asked = []
+    assert main(["doctor", "--no-proof"]) == 0
+    assert "linear layers           vLLM's own (dense is off)" in capsys.readouterr().out.splitlines() and not asked
+    monkeypatch.setenv("MXFP4_SM120_DENSE", "int8")
+    assert main(["doctor", "--no-proof"]) == 0
+    assert "qkv_proj 5120x2880 int8 torch's linear: no answer" in capsys.readouterr().out.splitlines()
+    assert [(given[1].name, given[2]) for given in asked] == [("RTX 5090", False)]
+
+
 def test_exit_1_where_nothing_can_serve(monkeypatch, capsys):
     pretend(monkeypatch, "RTX 5090", library=None)
     monkeypatch.setenv("MXFP4_SM120_BACKEND", "native")

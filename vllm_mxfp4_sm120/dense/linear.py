@@ -58,7 +58,8 @@ def linear(x: Tensor, weight: Tensor, scale: Tensor | None, bias: Tensor | None)
     rows, columns = weight.shape
     kernel = kernel_for(x.numel() // columns, rows, columns, scale is not None)
     if kernel != TORCHS_OWN:
-        return native.linear(x.reshape(-1, columns), weight, bias, scale, kernel).view(*x.shape[:-1], rows)
+        out = native.linear(x.reshape(-1, columns).contiguous(), weight, bias, scale, kernel)
+        return out.view(*x.shape[:-1], rows)
     if scale is None:
         return functional.linear(x, weight, bias)
     return Int8Weights(weight, scale).linear(x, bias)
