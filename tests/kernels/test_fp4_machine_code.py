@@ -1,0 +1,63 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The FP4 kernels in the CUDA library: compiled for SM 12.x alone, and in their main loops what the design says."""
+
+from __future__ import annotations
+
+import ast
+import re
+from pathlib import Path
+
+from tests.kernels.building import in_a_new_process
+from tests.kernels.test_machine_code import FP4, MAX_SHARED_BYTES, all_resources, foreign, machine_code
+
+# (terms, most m16 tiles of a warp) by the table's order. A main loop for each number of m16 tiles has, for a step of 64
+# along K, eight products of each and of each term.
+CONFIGURATIONS = [(terms, tiles) for terms in (1, 2, 3) for tiles in (2, 4)]
+
+
+def kernels(library: Path) -> dict[str, str]:
+    """Name -> SASS of the GEMMs."""
+    (text,) = machine_code(library, fp4=True).values()
+    parts = re.split(r"\bFunction : (\w+)\n", text)
+    return {name: code for name, code in zip(parts[1::2], parts[2::2], strict=True) if "fp4_gemms" in name}
+
+
+def test_products_of_the_main_loops(library: Path):
+    found = kernels(library)
+    assert len(found) == len(CONFIGURATIONS)
+    for index, (terms, tiles) in enumerate(CONFIGURATIONS):
+        (code,) = (code for name, code in found.items() if f"ShapeILi{index}E" in name)
+        products = len(re.findall(r"\bOMMA\.SF\.16864\.F32\.E2M1\.E2M1\.E8\b", code))
+        assert products == sum(8 * terms * m for m in range(1, tiles + 1)), (index, products)
+        assert "HMMA" not in code, "no decoded weights"
+
+
+def test_no_spills_and_what_a_block_takes(library: Path):
+    used = {name: use for (_, name), use in all_resources(library).items() if FP4 in name}
+    assert len(used) == len(CONFIGURATIONS) + 3  # and activations to one, two, three terms
+    assert [name for name, use in used.items() if use["STACK"] or use["LOCAL"]] == []
+    for name, use in used.items():
+        assert use["REG"] <= 255, name
+    (text,) = machine_code(library, fp4=True).values()
+    assert re.findall(r"\b(?:LDL|STL)\b.*", text) == []
+    assert {name.split(".")[0] for name in foreign(text)} <= {"OMMA"}
+
+
+def test_the_table_s_shared_memory(library: Path):
+    said = in_a_new_process(
+        library,
+        """
+from vllm_mxfp4_sm120.backends.native import fp4
+library.load()
+print([vars(c) for c in fp4.configurations()])
+print(torch.ops.mxfp4_sm120.fp4_architectures(), *map(fp4.why_not, ((12, 0), (12, 1), (9, 0))), sep="|")
+""",
+    )
+    table, words = said.stdout.splitlines()
+    configurations = ast.literal_eval(table)
+    assert [(config["terms"], config["tokens"] // 32) for config in configurations] == CONFIGURATIONS, said.stderr
+    for config in configurations:
+        blocks = 2 if config["tokens"] == 64 else 1
+        assert config["shared_bytes"] * blocks + 1024 * (blocks - 1) <= MAX_SHARED_BYTES, config
+        assert config["threads"] == 2 * config["tokens"]
+    assert words.split("|") == ["120f-real", "None", "None", "the FP4 kernels are built for 120f-real, not for sm_90"]
