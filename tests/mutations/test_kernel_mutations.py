@@ -47,17 +47,20 @@ def library(tmp_path_factory: pytest.TempPathFactory) -> ctypes.CDLL:
 
 
 def linear_layer_is_wrong(library: ctypes.CDLL) -> bool:
-    """INT8, more tokens and more rows than a block takes at once, K in parts."""
+    """INT8; once more tokens and rows than a block takes at once, once blocks enough for K to be in parts."""
     draw = torch.Generator().manual_seed(0)
-    x, weight = (torch.randn(rows, 64 * 9, generator=draw).bfloat16() for rows in (70, 150))
-    encoded = Int8Weights.quantize(weight)
-    library.emulate(6, True, 0)
-    try:
-        out = dense(library, dense_configs(library).index("int8_128x64"), x, encoded.codes, encoded.scales, None)
-    except AssertionError:  # read before it was there
-        return True
-    right = x.double() @ encoded.decode(dtype=torch.float64).T
-    return not (out.double() - right).norm() <= TOLERANCE["native"] * right.norm()
+    for tokens, rows, multiprocessors in ((70, 150, 2), (10, 48, 32)):
+        x, weight = (torch.randn(count, 64 * 9, generator=draw).bfloat16() for count in (tokens, rows))
+        encoded = Int8Weights.quantize(weight)
+        library.emulate(multiprocessors, True, 0)
+        try:
+            out = dense(library, dense_configs(library).index("int8_128x64"), x, encoded.codes, encoded.scales, None)
+        except AssertionError:  # read before it was there
+            return True
+        right = x.double() @ encoded.decode(dtype=torch.float64).T
+        if not (out.double() - right).norm() <= TOLERANCE["native"] * right.norm():
+            return True
+    return False
 
 
 def is_wrong(library: ctypes.CDLL, mutation: Mutation | None, configs: tuple[int, ...]) -> bool:
