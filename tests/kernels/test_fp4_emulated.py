@@ -22,11 +22,11 @@ from vllm_mxfp4_sm120.mxfp4 import E2M1_VALUES, dequantize
 
 pytestmark = pytest.mark.skipif(shutil.which("g++") is None, reason="needs g++")
 
-CONFIGS = dict(enumerate(f"terms{terms}_tokens{tokens}" for terms in (1, 2, 3) for tokens in (64, 128)))
+CONFIGS = dict(enumerate(f"terms{terms}_tokens{tokens}" for terms in (1, 2, 3, 4) for tokens in (64, 128)))
 EACH = pytest.mark.parametrize("config", CONFIGS, ids=list(CONFIGS.values()))
 TWIN = pytest.mark.parametrize("twin", [False, True], ids=["instruction", "twin"])
 # Of a layer's output against float64, by terms: what one expert's output may be off, with nothing to average it.
-TOLERANCE = {1: 0.25, 2: 3e-2, 3: 3.2e-3}
+TOLERANCE = {1: 0.25, 2: 3e-2, 3: 3.2e-3, 4: 2e-3}
 BF16_CONFIG = 5  # tokens64 of the other kernels
 
 
@@ -212,14 +212,16 @@ def errors(library: ctypes.CDLL, seed: int, config: int) -> dict[str, float] | N
     return {"on terms": wrong_by(out, on_terms), "exact": wrong_by(out, right), "bf16": wrong_by(bf16, right)}
 
 
-@pytest.mark.parametrize("seed", range(6))
+@pytest.mark.parametrize("seed", range(8))
 def test_right(library: ctypes.CDLL, seed: int):
-    config = seed % 6
+    config = seed % len(CONFIGS)
     found = errors(library, seed, config)
     assert found is not None, "another seed"
     # An activation that lies at the border of two codes may get the other one: of one term that is 0.1 of it.
-    assert found["on terms"] <= (2e-2, 4e-3, 2.8e-3)[config // 2], (problem(seed), CONFIGS[config], found)
+    assert found["on terms"] <= (2e-2, 4e-3, 2.8e-3, 2e-3)[config // 2], (problem(seed), CONFIGS[config], found)
     assert found["exact"] <= TOLERANCE[config // 2 + 1], (problem(seed), CONFIGS[config], found)
+    if config // 2 + 1 == 4:  # what they are for: BF16's accuracy
+        assert found["exact"] <= found["bf16"], (problem(seed), CONFIGS[config], found)
 
 
 @EACH
@@ -234,7 +236,7 @@ def test_the_same_bits_in_any_order_and_call_after_call(library: ctypes.CDLL, co
     assert all(torch.equal(out, outs[0]) for out in outs)
 
 
-@pytest.mark.parametrize("config", [4, 5], ids=[CONFIGS[4], CONFIGS[5]])
+@pytest.mark.parametrize("config", [5, 7], ids=[CONFIGS[5], CONFIGS[7]])
 def test_bad_rows_stay_alone(library: ctypes.CDLL, config: int):
     """NaN and infinity make their token NaN and no other; sums beyond FP32 do what they do in the BF16 kernels."""
     shape = MoEShape(4, 4, 96, 96, 2)

@@ -12,7 +12,7 @@ from tests.kernels.test_machine_code import FP4, MAX_SHARED_BYTES, all_resources
 
 # (terms, most m16 tiles of a warp) by the table's order. A main loop for each number of m16 tiles has, for a step of 64
 # along K, eight products of each and of each term.
-CONFIGURATIONS = [(terms, tiles) for terms in (1, 2, 3) for tiles in (2, 4)]
+CONFIGURATIONS = [(terms, tiles) for terms in (1, 2, 3, 4) for tiles in (2, 4)]
 
 
 def kernels(library: Path) -> dict[str, str]:
@@ -34,7 +34,7 @@ def test_products_of_the_main_loops(library: Path):
 
 def test_no_spills_and_what_a_block_takes(library: Path):
     used = {name: use for (_, name), use in all_resources(library).items() if FP4 in name}
-    assert len(used) == len(CONFIGURATIONS) + 3  # and activations to one, two, three terms
+    assert len(used) == len(CONFIGURATIONS) + 4  # and activations to one, two, three, four terms
     assert [name for name, use in used.items() if use["STACK"] or use["LOCAL"]] == []
     for name, use in used.items():
         assert use["REG"] <= 255, name

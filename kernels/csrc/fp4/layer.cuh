@@ -22,7 +22,8 @@ struct Config {
 };
 constexpr Config CONFIGS[] = {
     // terms warps tokens stages blocks
-    {1, 4, 64, 4, 2}, {1, 8, 128, 4, 1}, {2, 4, 64, 4, 2}, {2, 8, 128, 4, 1}, {3, 4, 64, 4, 2}, {3, 8, 128, 4, 1},
+    {1, 4, 64, 4, 2}, {1, 8, 128, 4, 1}, {2, 4, 64, 4, 2}, {2, 8, 128, 4, 1},
+    {3, 4, 64, 4, 2}, {3, 8, 128, 4, 1}, {4, 4, 64, 3, 2}, {4, 8, 128, 3, 1},
 };
 constexpr int CONFIG_COUNT = sizeof(CONFIGS) / sizeof(CONFIGS[0]);
 

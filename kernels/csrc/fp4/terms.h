@@ -5,13 +5,13 @@
 // of zeros.
 //
 //      32 bytes for each term    codes, in words of eight: those of k = 0 .. 7 in the order K_OF_NIBBLE, and so on
-//      16 bytes                  scales, in the first 8: term 0's two blocks, term 1's, term 2's; what is not used is 0
+//      16 bytes                  scales, in the first 8: term 0's two blocks, term 1's ...; what is not used is 0
 #pragma once
 
 namespace mxfp4_sm120 {
 namespace fp4 {
 
-constexpr int MAX_TERMS = 3;
+constexpr int MAX_TERMS = 4;
 constexpr int BLOCK = 32, STEP = 64;  // values along K that share a scale; that one product takes
 constexpr int CODE_BYTES = BLOCK / 2, TERM_BYTES = 2 * CODE_BYTES, SCALE_BYTES = 16;
 
