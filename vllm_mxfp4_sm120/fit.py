@@ -18,7 +18,6 @@ from vllm_mxfp4_sm120.mxfp4 import BLOCK
 GIB = 1 << 30
 BF16, FP8 = 2, 1  # bytes a value
 KV_BLOCK = 16  # tokens; vLLM's block on CUDA
-VOCAB_MULTIPLE = 64  # vLLM pads embedding and output layer to it (DEFAULT_VOCAB_PADDING_SIZE)
 CONTEXTS = (8192, 32768, 131072)
 UTILIZATION = 0.92  # vLLM's --gpu-memory-utilization
 DRIVER = 0.98  # of a card's nominal memory that CUDA has: 31.4 GiB of a 32 GB card
@@ -127,12 +126,12 @@ class Memory:
 
     def vocabulary(self, tensor_parallel: int = 1) -> dict[str, int]:
         """Embedding and output layer on one rank."""
-        matrix = round_up(self.attention.vocab_size, VOCAB_MULTIPLE) // tensor_parallel * self.sizes.hidden_size * BF16
+        matrix = self.attention.padded_vocab_size // tensor_parallel * self.sizes.hidden_size * BF16
         return {"embed_tokens": matrix, "lm_head": 0 if self.tied else matrix}
 
     def dense(self, tensor_parallel: int = 1) -> int:
         """What `dense: int8` applies to, on one rank, in BF16: q, k, v, o of all layers, lm_head and the embedding."""
-        heads, kv = self.attention.num_heads // tensor_parallel, self.kv_heads(tensor_parallel)
+        heads, kv = self.attention.heads_of_rank(tensor_parallel)
         projections = 2 * self.sizes.hidden_size * (heads + kv) * self.attention.head_dim
         return self.sizes.num_layers * BF16 * projections + sum(self.vocabulary(tensor_parallel).values())
 
@@ -143,14 +142,11 @@ class Memory:
     def attention_and_router(self, tensor_parallel: int = 1) -> int:
         """Projections, sinks, norms and routers of all layers on one rank."""
         hidden, dim = self.sizes.hidden_size, self.attention.head_dim
-        heads, kv = self.attention.num_heads // tensor_parallel, self.kv_heads(tensor_parallel)
+        heads, kv = self.attention.heads_of_rank(tensor_parallel)
         rows = (heads + 2 * kv) * dim
         projections = hidden * (rows + heads * dim) + rows + hidden
         router = self.sizes.num_experts * (hidden + 1)
         return self.sizes.num_layers * BF16 * (projections + heads + router + 2 * hidden) + BF16 * hidden
-
-    def kv_heads(self, tensor_parallel: int) -> int:
-        return max(1, self.attention.num_kv_heads // tensor_parallel)
 
     def weights(self, layout: Layout = OURS, tensor_parallel: int = 1) -> int:
         """All of them on one rank."""
@@ -175,7 +171,7 @@ class Memory:
         blocks of its own from one pool.
         """
         layers = self.sizes.num_layers
-        page = KV_BLOCK * self.kv_heads(tensor_parallel) * 2 * self.attention.head_dim * value_bytes
+        page = KV_BLOCK * self.attention.heads_of_rank(tensor_parallel)[1] * 2 * self.attention.head_dim * value_bytes
         full = -(-tokens // KV_BLOCK)
         if self.window is None or layers == 1:
             return layers * page * full

@@ -45,7 +45,7 @@ def model(name: str, tensor_parallel: int = 1) -> Model:
     for what, size in (("intermediate size", shape.intermediate_size // 32), ("attention heads", attention.num_heads)):
         if tensor_parallel < 1 or size % tensor_parallel:
             raise ValueError(f"--tp {tensor_parallel}: expected a divisor of {name}'s {what} ({size})")
-    heads, kv = attention.num_heads // tensor_parallel, max(1, attention.num_kv_heads // tensor_parallel)
+    heads, kv = attention.heads_of_rank(tensor_parallel)
     hidden, dim = shape.hidden_size, attention.head_dim
     return Model(
         name,

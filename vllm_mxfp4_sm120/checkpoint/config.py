@@ -190,6 +190,9 @@ class Sizes:
         return MoEShape(self.num_experts, self.num_experts, self.hidden_size, self.intermediate_size, self.top_k)
 
 
+VOCAB_MULTIPLE = 64  # vLLM pads embedding and output layer to it (DEFAULT_VOCAB_PADDING_SIZE)
+
+
 @dataclass(frozen=True)
 class AttentionSizes:
     """The numbers of config.json that attention's tensors, embedding and output layer follow from."""
@@ -218,6 +221,15 @@ class AttentionSizes:
                 f"{sizes.num_kv_heads}; the file is damaged"
             )
         return sizes
+
+    @property
+    def padded_vocab_size(self) -> int:
+        """As vLLM pads it."""
+        return -(-self.vocab_size // VOCAB_MULTIPLE) * VOCAB_MULTIPLE
+
+    def heads_of_rank(self, tensor_parallel: int) -> tuple[int, int]:
+        """Query heads and key-value heads of one rank; where there are fewer of these than ranks, vLLM repeats them."""
+        return self.num_heads // tensor_parallel, max(1, self.num_kv_heads // tensor_parallel)
 
 
 def check_config(config: Mapping[str, Any], source: str = "config.json") -> Packing:

@@ -50,6 +50,13 @@ def kernel_for(tokens: int, rows: int, columns: int, int8: bool) -> int:
     return kernels[tokens] if tokens < len(kernels) else TORCHS_OWN
 
 
+def torchs_linear(x: Tensor, weight: Tensor, scale: Tensor | None, bias: Tensor | None) -> Tensor:
+    """What answers where no kernel does, and what kernels are timed beside."""
+    if scale is None:
+        return functional.linear(x, weight, bias)
+    return Int8Weights(weight, scale).linear(x, bias)
+
+
 # The wall before a compiled model, which vLLM keeps for later starts, on other cards, too: inside, what answers depends
 # on the card and on the number of tokens. No layer's name is an argument, so that all layers compile to the same code.
 @torch.library.custom_op("mxfp4_sm120::linear", mutates_args=())
@@ -60,9 +67,7 @@ def linear(x: Tensor, weight: Tensor, scale: Tensor | None, bias: Tensor | None)
     if kernel != TORCHS_OWN:
         out = native.linear(x.reshape(-1, columns).contiguous(), weight, bias, scale, kernel)
         return out.view(*x.shape[:-1], rows)
-    if scale is None:
-        return functional.linear(x, weight, bias)
-    return Int8Weights(weight, scale).linear(x, bias)
+    return torchs_linear(x, weight, scale, bias)
 
 
 @linear.register_fake

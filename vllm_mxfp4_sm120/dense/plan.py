@@ -20,9 +20,6 @@ from vllm_mxfp4_sm120.dense.linear import TORCHS_OWN, LinearShape, serve
 from vllm_mxfp4_sm120.platform import Machine
 
 MARGIN = 0.98  # of torch's time, at most: what two measurements of the same may differ by
-VOCABULARY_MULTIPLE = 64  # vLLM pads the vocabulary to it
-
-
 TRIAL = "vllm_mxfp4_sm120.dense.trial:solve"  # imported in the proof's process only
 
 
@@ -86,13 +83,12 @@ class Plan:
 def shapes(config: Mapping[str, Any], tensor_parallel: int, int8: bool) -> dict[str, LinearShape]:
     """The large linear layers of a GPT-OSS, as one rank of vLLM's has them. Raises ValueError as `Sizes` does."""
     sizes, attention = Sizes.from_config(config), AttentionSizes.from_config(config)
-    heads, kv_heads = attention.num_heads // tensor_parallel, max(1, attention.num_kv_heads // tensor_parallel)
-    vocabulary = -(-attention.vocab_size // VOCABULARY_MULTIPLE) * VOCABULARY_MULTIPLE // tensor_parallel
+    heads, kv_heads = attention.heads_of_rank(tensor_parallel)
     dim, hidden = attention.head_dim, sizes.hidden_size
     return {
         "qkv_proj": LinearShape((heads + 2 * kv_heads) * dim, hidden, int8),
         "o_proj": LinearShape(hidden, heads * dim, int8),
-        "lm_head": LinearShape(vocabulary, hidden, int8, bias=False),
+        "lm_head": LinearShape(attention.padded_vocab_size // tensor_parallel, hidden, int8, bias=False),
     }
 
 

@@ -10,13 +10,12 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.nn import functional
 
 from vllm_mxfp4_sm120.backends.native import library
 from vllm_mxfp4_sm120.bench import timing
 from vllm_mxfp4_sm120.dense import native
 from vllm_mxfp4_sm120.dense.int8 import Int8Weights
-from vllm_mxfp4_sm120.dense.linear import LinearShape
+from vllm_mxfp4_sm120.dense.linear import LinearShape, torchs_linear
 from vllm_mxfp4_sm120.dense.native import DenseConfiguration
 from vllm_mxfp4_sm120.dense.plan import Timing
 from vllm_mxfp4_sm120.proof.problem import LARGE_TOKEN, TINY_TOKEN, Proof, relative_error
@@ -73,9 +72,7 @@ class Problem:
         return native.linear(x, self.weight, self.bias, self.scale, kernel)
 
     def torchs(self, x: Tensor) -> Tensor:
-        if self.scale is None:
-            return functional.linear(x, self.weight, self.bias)
-        return Int8Weights(self.weight, self.scale).linear(x, self.bias)
+        return torchs_linear(x, self.weight, self.scale, self.bias)
 
     def reference(self, x: Tensor) -> Tensor:
         """float64 [M, N], a few rows of the weights at a time."""
