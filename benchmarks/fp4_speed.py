@@ -15,9 +15,10 @@ from __future__ import annotations
 import argparse
 import json
 import math
-from collections.abc import Iterable
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
+
+from fp4_tables import Table
 
 ROOT = Path(__file__).resolve().parents[1]
 EXPERTS, TOP_K, SIZE = 32, 4, 2880  # gpt-oss-20b: hidden and intermediate size
@@ -120,17 +121,6 @@ def microseconds(card: Card, kernel: Kernel, tokens: int) -> float:
     return split + max(flop_microseconds(card, kernel, tokens), layer)
 
 
-@dataclass(frozen=True)
-class Table:
-    """In the form of docs/data."""
-
-    what: str
-    where: str
-    command: str
-    columns: list[str]
-    rows: list[list[object]]
-
-
 COMMAND = "python benchmarks/fp4_speed.py"
 
 
@@ -185,28 +175,17 @@ def check() -> Table:
 TABLES = {"speed": speed, "traffic": traffic, "check": check}
 
 
-def show(tables: Iterable[Table]) -> None:
-    from rich.console import Console
-    from rich.table import Table as RichTable
-
-    for found in tables:
-        table = RichTable(*found.columns, title=f"{found.what}\n({found.where})")
-        for row in found.rows:
-            table.add_row(*map(str, row))
-        Console().print(table)
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument(
         "--json", type=Path, metavar="FOLDER", help="each table as fp4-NAME.json, as docs/data has them"
     )
     arguments = parser.parse_args()
-    tables = {name: make() for name, make in TABLES.items()}
-    show(tables.values())
-    if arguments.json:
-        for name, found in tables.items():
-            (arguments.json / f"fp4-{name}.json").write_text(json.dumps(asdict(found), indent=1) + "\n")
+    for name, make in TABLES.items():
+        found = make()
+        found.show(f"{found.what}\n({found.where})")
+        if arguments.json:
+            found.write(arguments.json, name)
 
 
 if __name__ == "__main__":

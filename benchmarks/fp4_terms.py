@@ -22,17 +22,16 @@ from __future__ import annotations
 
 import argparse
 import copy
-import json
 import math
 import sys
 from collections.abc import Callable, Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass, replace
 from functools import cache, partial
 from pathlib import Path
-from typing import Any
 
 import torch
 from formats import FORMATS, Format, Formats, bf16, named
+from fp4_tables import Table
 from quality import SMALL, compare, targets, versions, windows_of
 from quality_logits import load_transformers, replace_inputs
 from torch import Tensor, nn
@@ -44,17 +43,6 @@ from vllm_mxfp4_sm120.proof.problem import random_weights
 HIDDEN = 2880  # gpt-oss-20b's, the intermediate size too
 CHANNEL, RANDOM_OUTLIER, MODEL_OUTLIER = 97, 30.0, 32.0  # a power of two can be taken out again without an error
 LAYER_FORMATS = [*FORMATS, "mxfp4x3,mxfp4x4", "mxfp4x4,mxfp4x3"]
-
-
-@dataclass(frozen=True)
-class Table:
-    """In the form of docs/data."""
-
-    what: str
-    where: str
-    command: str
-    columns: list[str]
-    rows: list[list[str]]
 
 
 @dataclass(frozen=True)
@@ -328,16 +316,6 @@ TABLES: dict[str, Callable[[Given], Table]] = {
 }
 
 
-def show(found: Table) -> None:
-    from rich.console import Console
-    from rich.table import Table as RichTable
-
-    table = RichTable(*found.columns, title=f"{found.what}\n{found.where}")
-    for row in found.rows:
-        table.add_row(*(cell.replace("**", "") for cell in row))
-    Console().print(table)
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--only", choices=TABLES, nargs="+", default=list(TABLES), help="these tables (default: all)")
@@ -352,17 +330,12 @@ def main() -> None:
     torch.manual_seed(0)
     for name in arguments.only:
         found = TABLES[name](Given(arguments.rows, arguments.tokens))
-        show(found)
+        found.show(f"{found.what}\n{found.where}")
         if arguments.json:
             command = (
                 f"python benchmarks/fp4_terms.py --only {name} --rows {arguments.rows} --tokens {arguments.tokens}"
             )
-            write(arguments.json / f"fp4-{name}.json", {**asdict(found), "command": command})
-
-
-def write(path: Path, data: dict[str, Any]) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps(data, indent=1) + "\n")
+            replace(found, command=command).write(arguments.json, name)
 
 
 if __name__ == "__main__":
