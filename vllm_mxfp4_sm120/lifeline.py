@@ -24,7 +24,8 @@ PR_SET_PDEATHSIG = 1  # linux/prctl.h
 def tied(command: Sequence[str], grace: float = 0, **options: Any) -> Iterator[subprocess.Popen[Any]]:
     """The command in a session of its own, `options` being Popen's; at the end it's stopped with all that it started.
 
-    With `grace`, it's sent SIGINT first and has so many seconds to end by itself. Raises OSError if it can't start.
+    With `grace`, it's sent a signal first (`gentle`), and has so many seconds to end by itself. Raises OSError if it
+    can't start.
     """
     parent_lives, hold = os.pipe()  # nobody writes: reading ends when `hold` is closed, by hand or by the kernel
     child = None
@@ -44,10 +45,15 @@ def tied(command: Sequence[str], grace: float = 0, **options: Any) -> Iterator[s
                 os.close(parent_lives)
 
 
+def gentle() -> signal.Signals:
+    """SIGINT, as Ctrl-C sends it; SIGTERM where that is ignored (behind `&` in a script), which children inherit."""
+    return signal.SIGTERM if signal.getsignal(signal.SIGINT) is signal.SIG_IGN else signal.SIGINT
+
+
 def _stop(child: subprocess.Popen[Any], grace: float) -> None:
     try:
         if grace and child.poll() is None:
-            child.send_signal(signal.SIGINT)
+            child.send_signal(gentle())
             with suppress(subprocess.TimeoutExpired):
                 child.wait(grace)
     finally:  # a second signal ends the patience
@@ -63,7 +69,7 @@ def _stop(child: subprocess.Popen[Any], grace: float) -> None:
 def main(parent: int, parent_lives: int, grace: float, *command: str) -> None:
     """Tie this process to its parent, then become the command."""
     if sys.platform == "linux":  # at once, even where it hangs in a driver's call
-        ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGINT if grace else signal.SIGKILL)
+        ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, gentle() if grace else signal.SIGKILL)
     if os.getppid() != parent:  # it ended before the kernel was told
         os._exit(1)
     me = os.getpid()
@@ -71,7 +77,8 @@ def main(parent: int, parent_lives: int, grace: float, *command: str) -> None:
         # What the command starts, the kernel leaves running: this process of the same group ends it.
         for stream in (0, 1, 2):
             os.close(stream)
-        signal.signal(signal.SIGINT, signal.SIG_IGN)
+        for number in (signal.SIGINT, signal.SIGTERM):
+            signal.signal(number, signal.SIG_IGN)
         os.read(parent_lives, 1)
         end = time.monotonic() + grace
         while os.getppid() == me and time.monotonic() < end:

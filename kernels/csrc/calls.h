@@ -1,16 +1,20 @@
 // SPDX-License-Identifier: Apache-2.0
-// What the ops share beside checks of their arguments: outputs, the current device, a launch's error.
+// What the ops share beside checks of their arguments: outputs, the current device, a launch's error, tables.
 #pragma once
 #include <torch/csrc/stable/accelerator.h>
 #include <torch/csrc/stable/ops.h>
 
 #include <array>
+#include <vector>
 
 #include "arguments.h"
 
 namespace mxfp4_sm120 {
 
 using OptionalTensor = std::optional<Tensor>;
+// Columns of a table of kernels, as Python gets them.
+using Names = std::vector<std::string>;
+using Integers = std::vector<int64_t>;
 
 // A new contiguous bf16 [rows, columns] where `place` is.
 inline Tensor new_output(const Place& place, int64_t rows, int64_t columns) {

@@ -67,9 +67,6 @@ int64_t workspace_bytes_op(int64_t tokens, int64_t hidden_size, int64_t intermed
                          in_range(top_k, "top_k", 1, MAX_TOP_K));
 }
 
-using Names = std::vector<std::string>;
-using Integers = std::vector<int64_t>;
-
 // By field, each in the table's order.
 std::tuple<Names, Integers, Integers, Integers, Integers, Integers> configurations_op() {
   std::tuple<Names, Integers, Integers, Integers, Integers, Integers> columns;

@@ -212,6 +212,7 @@ def test_the_limit() -> None:
 def test_the_linear_layers_are_gpt_oss() -> None:
     assert models.model("20b").dense == {"qkv": (5120, 2880), "o": (2880, 4096), "lm_head": (201088, 2880)}
     assert models.model("20b", 2).dense == {"qkv": (2560, 2880), "o": (2880, 2048), "lm_head": (100544, 2880)}
+    assert models.model("tiny").dense["lm_head"] == (320, 192)  # of 304 tokens, padded as vLLM pads them
     assert [models.dense_copies(*each) for each in models.model("20b").dense.values()] == [24, 24, 2]
 
 

@@ -184,6 +184,19 @@ def test_the_server_ends_with_the_command(number, stub, tmp_path):
         process.communicate()
 
 
+@pytest.mark.skipif(sys.platform != "linux", reason="looks into /proc")
+@pytest.mark.parametrize(("ignored", "sent"), [(False, "SIGINT"), (True, "SIGTERM")])
+def test_the_server_is_ended_by_a_signal_that_it_hears(ignored, sent, tmp_path):
+    """Who is started with SIGINT ignored, as behind & in a script, starts its children so."""
+    if ignored:
+        signal.signal(signal.SIGINT, signal.SIG_IGN)
+    with serve.Server("model", [], tmp_path / "log") as server:
+        server.wait_until_healthy(60)
+        status = Path(f"/proc/{server.process.pid}/status").read_text()
+        ignores = int(status.partition("SigIgn:")[2].split()[0], 16) >> (signal.SIGINT - 1) & 1
+    assert ignores == ignored and f"ended cleanly by {sent}" in (tmp_path / "log").read_text()
+
+
 OPTIONS = ["--host", "--uds", "--port", "--api-key", "--served-model-name", "--ssl-certfile", "-h", "--", "-x"]
 
 

@@ -28,6 +28,7 @@ from vllm_mxfp4_sm120.tune.decide import GAIN, decide, gain, serving, tidied
 from vllm_mxfp4_sm120.tune.session import Job, Timed
 from vllm_mxfp4_sm120.tune.sizes import Size, around
 
+pytestmark = pytest.mark.usefixtures("home")
 CARD = "NVIDIA GeForce RTX 5090"
 SHIPPED = tuning.read(config_path("tuning", "default.json"))
 RULE = (Bound("a", tokens=8), Bound("b", tokens_per_expert=16), Bound("c"))
@@ -142,14 +143,6 @@ def test_sizes_lie_on_both_sides_of_each_border() -> None:
         assert {border, border + 1} <= set(tokens), bound
         assert any(0.6 * border < each < 0.9 * border for each in tokens)
     assert tokens[:3] == [1, 2, 4] and tokens[-1] == 8192 and len(tokens) < 80
-
-
-@pytest.fixture(autouse=True)
-def home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    monkeypatch.setenv("XDG_CONFIG_HOME", str(tmp_path / "config"))
-    monkeypatch.setenv("MXFP4_SM120_CACHE_DIR", str(tmp_path / "cache"))
-    tuning._warn.cache_clear()
-    return tmp_path
 
 
 # The command, with times from here.

@@ -19,16 +19,9 @@ from vllm_mxfp4_sm120.moe import MoEShape
 from vllm_mxfp4_sm120.platform import Machine
 from vllm_mxfp4_sm120.tune import gpu
 
+pytestmark = pytest.mark.usefixtures("home")
 CARD = "NVIDIA GeForce RTX 5090"
 SHIPPED = tuning.read(config_path("tuning", "default.json"))
-
-
-@pytest.fixture(autouse=True)
-def home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    monkeypatch.setenv("XDG_CONFIG_HOME", str(tmp_path / "config"))
-    monkeypatch.setenv("MXFP4_SM120_CACHE_DIR", str(tmp_path / "cache"))
-    tuning._warn.cache_clear()
-    return tmp_path
 
 
 def own_file(contents: object) -> Path:

@@ -8,6 +8,7 @@ import argparse
 import http.server
 import json
 import os
+import signal
 import ssl
 import subprocess
 import sys
@@ -58,7 +59,14 @@ if given.ssl_certfile:
     context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
     context.load_cert_chain(given.ssl_certfile, given.ssl_keyfile)
     server.socket = context.wrap_socket(server.socket, server_side=True)
-try:
-    server.serve_forever()
-except KeyboardInterrupt:
-    print("ended cleanly")
+
+
+def end(number, frame):
+    print("ended cleanly by", signal.Signals(number).name, flush=True)
+    raise SystemExit
+
+
+for number in (signal.SIGINT, signal.SIGTERM):
+    if signal.getsignal(number) is not signal.SIG_IGN:
+        signal.signal(number, end)
+server.serve_forever()

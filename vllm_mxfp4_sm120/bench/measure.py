@@ -17,9 +17,7 @@ from vllm_mxfp4_sm120.bench.table import LIMIT, Table
 from vllm_mxfp4_sm120.platform import Machine
 
 Show = Callable[[str, int, int], None]
-# Calls in a CUDA graph: as many as gpt-oss-20b has layers, up to this many tokens, where the 4 us that a graph's own
-# launch takes would count.
-GRAPH_CALLS, FEW_TOKENS = 24, 64
+FEW_TOKENS = 64  # up to so many calls are short (timing.GRAPH_CALLS)
 REPEATS = {"cuda": 20, "cpu": 5}
 
 
@@ -83,7 +81,7 @@ def fastest(
 
 def walks_of(layers: int, tokens: int, device: torch.device) -> int:
     """How often a graph walks over so many layers."""
-    return max(1, GRAPH_CALLS // layers) if device.type == "cuda" and tokens <= FEW_TOKENS else 1
+    return max(1, timing.GRAPH_CALLS // layers) if device.type == "cuda" and tokens <= FEW_TOKENS else 1
 
 
 def checked(walk: timing.Walk, judge: Judge, tolerance: float | None) -> float:

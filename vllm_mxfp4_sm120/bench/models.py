@@ -53,7 +53,7 @@ def model(name: str, tensor_parallel: int = 1) -> Model:
         {
             "qkv": ((heads + 2 * kv) * dim, hidden),
             "o": (hidden, heads * dim),
-            "lm_head": (attention.vocab_size // tensor_parallel, hidden),
+            "lm_head": (attention.padded_vocab_size // tensor_parallel, hidden),
         },
     )
 

@@ -30,8 +30,7 @@ TOLERANCE = 4e-3
 LARGEST_OUTPUT = 1 << 24  # rows times columns of weights that are in float64 at once
 ROTATED = 3  # times the L2 cache: so many bytes of weights are walked over, so that it never holds the next call's
 REPLAYS = 7
-# Calls in a graph, for its own launch takes some microseconds; of weights of this size one call is long enough.
-GRAPH_CALLS, LARGE = 24, 1 << 28
+LARGE = 1 << 28  # bytes of weights, of which one call in a graph is long enough
 TORCHS = "torch"  # its name among the kernels'
 
 
@@ -161,7 +160,7 @@ def microseconds(
     calls: Mapping[str, Callable[[Problem], Tensor]], copies: list[Problem], device: torch.device
 ) -> dict[str, float]:
     """Of one call each, in CUDA graphs that walk over the copies, as it is served: medians, all of them in turn."""
-    again = max(1, GRAPH_CALLS // len(copies)) if copies[0].weight.nbytes < LARGE else 1
+    again = max(1, timing.GRAPH_CALLS // len(copies)) if copies[0].weight.nbytes < LARGE else 1
     walks = {
         name: timing.walk_over([partial(call, copy) for copy in copies], again, capture=device.type == "cuda")
         for name, call in calls.items()

@@ -66,9 +66,6 @@ Tensor dense_linear(const Tensor& x, const Tensor& weight, const OptionalTensor&
   return out;
 }
 
-using Names = std::vector<std::string>;
-using Integers = std::vector<int64_t>;
-
 std::tuple<Names, Integers, Integers, Integers, Integers, Integers> dense_configurations_op() {
   std::tuple<Names, Integers, Integers, Integers, Integers, Integers> columns;
   auto& [names, int8, tokens, k_multiple, threads, shared_bytes] = columns;

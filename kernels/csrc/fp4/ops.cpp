@@ -27,9 +27,6 @@ Tensor fp4_moe_layer(const Tensor& x, const Tensor& w13, const Tensor& w2, const
   return compute_layer(args, place, table[config], fp4_workspace_bytes);
 }
 
-using Names = std::vector<std::string>;
-using Integers = std::vector<int64_t>;
-
 std::tuple<Names, Integers, Integers, Integers, Integers> fp4_configurations_op() {
   std::tuple<Names, Integers, Integers, Integers, Integers> columns;
   auto& [names, terms, tokens, threads, shared_bytes] = columns;
