@@ -9,9 +9,11 @@ from pathlib import Path
 
 import pytest
 from vllm import EngineArgs
+from vllm.config import set_current_vllm_config
 
 from tests.engine.conftest import Answers, generate, transformers_answers
 from vllm_mxfp4_sm120.dense.int8 import Int8Weights
+from vllm_mxfp4_sm120.quantization import dense as quantization
 
 TOLERANCE = 2e-2  # of a log-probability, as between BF16 engines and transformers
 
@@ -42,6 +44,43 @@ def test_what_int8_excludes_is_refused_before_a_weight_is_read(tiny: Path, optio
     options = {"quantization": "mxfp4_sm120", "additional_config": dense("int8"), **option}
     with pytest.raises(ValueError, match=refusal):
         EngineArgs(str(tiny), **options).create_engine_config()
+
+
+# What an engine asks for beside `dense`: the layers that are then ours, and what is said.
+LEFT_TO_VLLM: dict[str, tuple[str, dict, str, str | None]] = {
+    "nothing": ("bf16", {}, "qkv_proj o_proj lm_head", None),
+    "head_dtype": ("bf16", {"hf_overrides": {"head_dtype": "float32"}}, "qkv_proj o_proj", None),
+    "offload": ("bf16", {"cpu_offload_gb": 1, "cpu_offload_params": {"self_attn"}}, "", "offloading to the CPU wants"),
+    "linear_backend": ("bf16", {"linear_backend": "marlin"}, "", "--linear-backend marlin answers, not dense bf16"),
+    **{
+        f"{kind}, quantization_config {key}": (
+            kind,
+            {"quantization_config": {key: value}},
+            "lm_head",
+            f"--quantization-config answers for qkv_proj and o_proj, not dense {kind}",
+        )
+        for kind in ("bf16", "int8")
+        for key, value in (("linear", "fp8_per_channel"), ("targets", {"re:.*o_proj": "fp8_per_block"}))
+    },
+}
+
+
+@pytest.mark.parametrize(("kind", "option", "ours", "said"), LEFT_TO_VLLM.values(), ids=LEFT_TO_VLLM)
+def test_layers_that_are_left_to_vllm(
+    tiny: Path, kind: str, option: dict, ours: str, said: str | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    warnings: list[str] = []
+    monkeypatch.setattr(quantization, "get_tensor_model_parallel_world_size", lambda: 1)
+    monkeypatch.setattr(quantization.logger, "warning_once", lambda line, *values: warnings.append(line % values))
+    options = {"quantization": "mxfp4_sm120", "additional_config": dense(kind), **option}
+    config = EngineArgs(str(tiny), **options).create_engine_config()
+    layers = quantization.Dense()
+    layers.prove(config)
+    assert set(layers.shapes) == set(ours.split())
+    assert len(warnings) == (said is not None) and (said or "") in "".join(warnings)
+    with set_current_vllm_config(config):
+        taken = {name for name in ("qkv_proj", "o_proj", "router") if layers.method(f"model.layers.0.attn.{name}")}
+    assert taken == set(ours.split()) - {"lm_head"}
 
 
 # The kernels where no GPU is: fake_dense.py.

@@ -75,6 +75,7 @@ def test_in_words() -> None:
     slow = plan.Plan(None, {SHAPE: [Timing(1, "int8_a", 9.0, 8.0)]})
     assert slow.text(SHAPE) == "torch's linear, which was faster at every size"
     assert plan.Plan("no library").text(SHAPE) == "torch's linear: no library"
+    assert made.text(LinearShape(64, 80, False)) == "torch's linear: its 80 columns are no multiple of 32"
 
 
 @pytest.mark.parametrize("leading", [(0,), (3,), (2, 4), (30,)])
@@ -230,3 +231,14 @@ def test_the_layers_of_gpt_oss(ranks: int, expected: list) -> None:
     found = plan.shapes(published_config("gpt-oss-20b"), ranks, int8=False)
     assert [(shape.rows, shape.columns) for shape in found.values()] == expected
     assert [shape.bias for shape in found.values()] == [True, True, False]
+
+
+def test_layers_that_are_no_whole_blocks() -> None:
+    """Two heads of 40 a rank: o_proj stays BF16. Rows may be any number, and vLLM pads the vocabulary."""
+    heads = {"num_attention_heads": 4, "num_key_value_heads": 1, "head_dim": 40, "vocab_size": 1001}
+    found = plan.shapes({**published_config("gpt-oss-20b"), **heads, "hidden_size": 96}, 2, int8=True)
+    assert {name: str(shape) for name, shape in found.items()} == {
+        "qkv_proj": "160x96 int8",
+        "o_proj": "96x80 bf16",
+        "lm_head": "512x96 int8",
+    }

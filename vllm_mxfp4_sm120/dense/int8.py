@@ -15,6 +15,8 @@ from torch.nn import functional
 
 BLOCK = 32  # values along K that share a scale
 LARGEST = 127  # -128 is left out, so that codes are symmetric
+# BF16's largest number would have the first scale, 127 times which is beyond BF16; it gets the next smaller one.
+TOO_LARGE, LARGEST_SCALE = 2.0**121 * (1 + 2.0**-7), 2.0**121
 # Values that are decoded, or encoded, at once: 32 MiB of BF16, so that lm_head's 1.1 GiB never are. torch's allocator
 # gives them, and again to the next layer on the same stream: one such block for each, and in a CUDA graph's pool, which
 # vLLM counts when it measures what computing takes.
@@ -38,6 +40,7 @@ class Int8Weights:
         for part in _parts(rows, columns, ENCODED):
             blocks = weight[part].float().unflatten(1, (-1, BLOCK))
             scale = (blocks.abs().amax(-1, keepdim=True) / LARGEST).bfloat16()
+            scale.masked_fill_(scale == TOO_LARGE, LARGEST_SCALE)
             # A block of zeros, or of values whose scale is 0 in BF16, has codes of 0.
             blocks = (blocks / scale.float()).nan_to_num_(0, 0, 0).round_().clamp_(-LARGEST, LARGEST)
             codes[part] = blocks.flatten(1).to(torch.int8)
@@ -71,8 +74,8 @@ class Int8Weights:
         wrong, right = weight.new_zeros(2, dtype=torch.float64).unbind()
         for part in _parts(weight.shape[0], weight.shape[1], ENCODED):
             exact = weight[part].double()
-            right += exact.square().sum()
-            wrong += (self.decode(part) - exact).square().sum()
+            right += torch.linalg.vector_norm(exact).square()
+            wrong += torch.linalg.vector_norm(exact.sub_(self.decode(part))).square()
         return torch.where(right > 0, wrong / right, 0).sqrt()
 
 

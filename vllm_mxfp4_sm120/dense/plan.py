@@ -56,6 +56,8 @@ class Plan:
 
     def text(self, shape: LinearShape) -> str:
         """One line on a shape: which kernel at which numbers of tokens, and by how much it is faster there."""
+        if shape.columns % BLOCK:
+            return f"torch's linear: its {shape.columns} columns are no multiple of {BLOCK}"
         if self.reason is not None:
             return f"torch's linear: {self.reason}"
         parts = [
@@ -81,13 +83,17 @@ class Plan:
 
 
 def shapes(config: Mapping[str, Any], tensor_parallel: int, int8: bool) -> dict[str, LinearShape]:
-    """The large linear layers of a GPT-OSS, as one rank of vLLM's has them. Raises ValueError as `Sizes` does."""
+    """The linear layers that read most bytes, as one rank of vLLM's has them. Raises ValueError as `Sizes` does.
+
+    INT8 where their rows are whole blocks. The router isn't among them: it is small, and its error would choose other
+    experts.
+    """
     sizes, attention = Sizes.from_config(config), AttentionSizes.from_config(config)
     heads, kv_heads = attention.heads_of_rank(tensor_parallel)
     dim, hidden = attention.head_dim, sizes.hidden_size
     return {
         "qkv_proj": LinearShape((heads + 2 * kv_heads) * dim, hidden, int8),
-        "o_proj": LinearShape(hidden, heads * dim, int8),
+        "o_proj": LinearShape(hidden, heads * dim, int8 and heads * dim % BLOCK == 0),
         "lm_head": LinearShape(attention.padded_vocab_size // tensor_parallel, hidden, int8, bias=False),
     }
 

@@ -93,7 +93,7 @@ class Mxfp4Sm120Config(QuantizationConfig):
         from vllm_mxfp4_sm120.quantization.reload import LinearMethod
 
         if isinstance(layer, LinearBase):
-            return self.dense.method(layer, prefix) or LinearMethod()
+            return self.dense.method(prefix) or LinearMethod()
         if isinstance(layer, RoutedExperts):
             return Mxfp4Sm120MoEMethod(layer.moe_config)
         return None

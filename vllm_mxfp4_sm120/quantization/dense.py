@@ -13,12 +13,11 @@ from torch.nn import Parameter
 
 from vllm_mxfp4_sm120 import NAME, selector, settings
 from vllm_mxfp4_sm120.dense import plan
-from vllm_mxfp4_sm120.dense.int8 import BLOCK, Int8Weights
-from vllm_mxfp4_sm120.dense.linear import linear
+from vllm_mxfp4_sm120.dense.int8 import Int8Weights
+from vllm_mxfp4_sm120.dense.linear import LinearShape, linear
 from vllm_mxfp4_sm120.quantization.dense_bf16 import Bf16Method, Bf16Vocabulary
 from vllm_mxfp4_sm120.quantization.reload import keeps_weight
 from vllm_mxfp4_sm120.quantization.vllm_symbols import (
-    LinearBase,
     QuantizeMethodBase,
     VllmConfig,
     envs,
@@ -28,8 +27,6 @@ from vllm_mxfp4_sm120.quantization.vllm_symbols import (
     set_weight_attrs,
 )
 
-# The linear layers that read most bytes. The router stays BF16: it is small, and its error would choose other experts.
-PROJECTIONS = ("qkv_proj", "o_proj")
 # As vLLM's loaders ask for them: rows are outputs, columns inputs.
 DIMENSIONS = {"input_dim": 1, "output_dim": 0}
 
@@ -86,8 +83,11 @@ class Int8Method(QuantizeMethodBase):
         layer.register_parameter("weight", parameter)
 
     def process_weights_after_loading(self, layer: Any) -> None:
-        """Replace the loaded weight by its codes and scales, under the names that vLLM's own INT8 layers use."""
-        if keeps_weight(layer, self.model_config):
+        """Replace the loaded weight by its codes and scales, under the names that vLLM's own INT8 layers use.
+
+        Trainers call this for a whole engine: what is encoded stays as it is.
+        """
+        if keeps_weight(layer, self.model_config) or layer.weight.dtype == torch.int8:
             return
         weight = layer.weight
         encoded = getattr(weight, "encoded", None)  # by the other of two tied tables, which hold one parameter
@@ -126,59 +126,66 @@ def _update(layer: Any, load: Callable[..., None]) -> Callable[..., None]:
 
 
 class Dense:
-    """These layers of one model. `kind` is what its engine asks for: off, bf16 or int8."""
+    """These layers of one model, in one process.
+
+    `kind` is what serves them, off, bf16 or int8, and `shapes` are this rank's of those that aren't left to vLLM: both
+    from `prove` on.
+    """
 
     def __init__(self) -> None:
         self.report = Report()
-
-    @property
-    def kind(self) -> str:
-        return wanted(get_current_vllm_config().additional_config)
+        self.kind = "off"
+        self.shapes: dict[str, LinearShape] = {}
 
     def prove(self, vllm_config: VllmConfig) -> None:
         """Before a layer is made and takes memory: which linear answers at how many tokens, for this process."""
         kind = wanted(vllm_config.additional_config)
-        if kind == "off" or (kind == "bf16" and why_vllms_own(vllm_config) is not None):
+        if kind == "off":
             return
-        config, ranks = vllm_config.model_config.hf_config.to_dict(), get_tensor_model_parallel_world_size()
-        layers = plan.shapes(config, ranks, kind == "int8")
+        if kind == "bf16" and (reason := why_vllms_own(vllm_config)) is not None:
+            logger.warning_once("mxfp4_sm120: %s, not dense %s", reason, kind)
+            return
+        self.kind, self.shapes = kind, _shapes(vllm_config, kind)
         options = settings.engine_options(vllm_config.additional_config)
         if envs.VLLM_BATCH_INVARIANT:
             made = plan.Plan("VLLM_BATCH_INVARIANT=1 wants the same kernel whatever the number of tokens")
         else:
-            made = plan.make(layers, selector.this_machine(), settings.PROOF.for_engine(options))
+            made = plan.make(self.shapes, selector.this_machine(), settings.PROOF.for_engine(options))
         made.serve()
-        for name, shape in layers.items():
+        for name, shape in self.shapes.items():
             logger.info_once("mxfp4_sm120: %s %s by %s", name, shape, made.text(shape))
 
-    def method(self, layer: LinearBase, prefix: str) -> QuantizeMethodBase | None:
+    def method(self, prefix: str) -> QuantizeMethodBase | None:
         """None for a layer that vLLM's own linear computes."""
-        kind = self.kind
-        if not prefix.endswith(PROJECTIONS) or kind == "off":
+        shape = self.shapes.get(prefix.rpartition(".")[2])
+        if shape is None or (self.kind == "int8" and not shape.int8):
             return None
-        config = get_current_vllm_config()
-        if (reason := why_vllms_own(config) if kind == "bf16" else _other_quantization(config)) is not None:
-            logger.warning_once("mxfp4_sm120: %s, not dense %s", reason, kind)
-            return None
-        if kind == "bf16":
-            return Bf16Method()
-        columns = getattr(layer, "input_size_per_partition", layer.input_size)
-        return self._made() if _divides(columns, prefix) else None
+        return self._made() if shape.int8 else Bf16Method()
 
     def take_vocabulary(self, embedding: Any, lm_head: Any) -> None:
-        """What vLLM's GPT-OSS makes without asking for a method."""
-        kind = self.kind
-        if kind == "bf16" and why_vllms_own(get_current_vllm_config()) is None:
+        """What vLLM's GPT-OSS makes without asking for a method. A hidden size is whole blocks of 32."""
+        if self.kind == "bf16" and "lm_head" in self.shapes:
             lm_head.quant_method = Bf16Vocabulary(lm_head)
-        elif kind == "int8":
+        elif self.kind == "int8":
             for layer in (embedding, lm_head):
-                if _divides(layer.embedding_dim, layer.prefix):
-                    layer.quant_method = self._made()
-                    layer.use_fused_embedding = False  # vLLM's kernel reads BF16 rows
+                layer.quant_method = self._made()
+                layer.use_fused_embedding = False  # vLLM's kernel reads BF16 rows
 
     def _made(self) -> Int8Method:
         self.report.waiting += 1
         return Int8Method(self.report, get_current_vllm_config().model_config)
+
+
+def _shapes(config: VllmConfig, kind: str) -> dict[str, LinearShape]:
+    """This rank's, without the layers that the engine leaves to vLLM."""
+    model = config.model_config
+    shapes = plan.shapes(model.hf_config.to_dict(), get_tensor_model_parallel_world_size(), kind == "int8")
+    if model.head_dtype != model.dtype:
+        del shapes["lm_head"]
+    if (reason := _other_quantization(config)) is not None:
+        logger.warning_once("mxfp4_sm120: %s, not dense %s", reason, kind)
+        return {name: shape for name, shape in shapes.items() if name == "lm_head"}
+    return shapes
 
 
 def wanted(additional_config: object) -> str:
@@ -207,8 +214,6 @@ def settle(vllm_config: VllmConfig) -> None:
 
 def why_vllms_own(config: VllmConfig) -> str | None:
     """One line: what an engine asks of its BF16 linear layers that only vLLM's own do. None if nothing."""
-    if (reason := _other_quantization(config)) is not None:
-        return reason
     if envs.VLLM_BATCH_INVARIANT:
         return "VLLM_BATCH_INVARIANT=1 wants vLLM's own linear layers"
     if config.kernel_config.linear_backend != "auto":
@@ -217,21 +222,12 @@ def why_vllms_own(config: VllmConfig) -> str | None:
 
 
 def _other_quantization(config: VllmConfig) -> str | None:
-    asked = getattr(config.model_config.quantization_config, "linear", None) is not None
-    return "--quantization-config linear answers" if asked else None
+    asked = config.model_config.quantization_config
+    if getattr(asked, "linear", None) is None and getattr(asked, "targets", None) is None:
+        return None
+    return "--quantization-config answers for qkv_proj and o_proj"
 
 
 def _offloads(config: VllmConfig) -> bool:
     offload = config.offload_config
     return offload.uva.cpu_offload_gb > 0 or offload.prefetch.offload_group_size > 0
-
-
-def _divides(columns: int, prefix: str) -> bool:
-    if columns % BLOCK:
-        logger.warning_once(
-            "mxfp4_sm120: %s stays BF16: its %d columns on this rank are no multiple of %d",
-            prefix.rpartition(".")[2],
-            columns,
-            BLOCK,
-        )
-    return columns % BLOCK == 0
