@@ -31,6 +31,7 @@ print(backend.forward_logits(backend.prepare(MoEWeights.empty(shape, "cpu")), x,
 
 
 AROUND = """
+from vllm_mxfp4_sm120.backends.native import fp4
 library.load()
 inf, op, ops = float("inf"), torch.ops.mxfp4_sm120.moe_layer, torch.ops.mxfp4_sm120
 layer = Native(shape)
@@ -41,7 +42,7 @@ arguments = dict(
 )
 assert [config.name for config in library.configurations()] == ["zeros", "zeros8"]
 many = {"x": x.repeat(4, 1), "router_logits": logits.repeat(4, 1)}
-def refusal(**changes):
+def refusal(op=op, **changes):
     try:
         op(**{**arguments, **changes})
     except RuntimeError as error:
@@ -51,6 +52,8 @@ for index, config in enumerate(library.configurations()):  # Python's view of th
     for tokens in (3, 12):
         call = {name: tensor[:tokens] for name, tensor in many.items()}
         assert (refusal(config=index, **call) is None) == config.takes(tokens, 2, 64)
+print(fp4.configurations(), [ops.fp4_architectures()], "has no FP4 kernels" in fp4.why_not((12, 0)))
+print(refusal(ops.fp4_moe_layer, config=0))
 print(refusal(config=2))
 print(refusal(x=x.float()))
 print(refusal(w2=prepared["w2"].view(torch.int8)))
@@ -83,6 +86,8 @@ def test_around_the_kernels(stub: Path):
     assert result.returncode == 0, result.stderr
     assert result.stdout.splitlines() == [
         "None mxfp4_sm120: config zeros8 takes up to 8 tokens, not 12",
+        "() [''] True",  # as in a library that is built for other cards, or by an older nvcc
+        "mxfp4_sm120: fp4_moe_layer isn't in this library, expected one built for SM 12.x by nvcc 12.8 or newer",
         "mxfp4_sm120: config is 2, expected 0 to 1, or -1 for the rule's",
         "mxfp4_sm120: x is float32, expected bfloat16",
         "mxfp4_sm120: w2 is int8, expected uint8",
