@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""This user's cache directory, and who else could have written there."""
+"""Where this user's cache and settings lie, and who else could have written there."""
 
 from __future__ import annotations
 
@@ -15,11 +15,19 @@ def cache_dir() -> Path | None:
     try:
         if (given := settings.CACHE_DIR.get()) is not None:
             return Path(given).expanduser().absolute()
-        base = Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache")
-        if not base.is_absolute():  # the XDG specification has relative ones ignored
-            base = Path("~/.cache").expanduser()
     except (RuntimeError, OSError):
         return None
+    return user_folder("XDG_CACHE_HOME", "~/.cache")
+
+
+def user_folder(variable: str, otherwise: str) -> Path | None:
+    """This package's folder in the one that an XDG variable names; None for a user without a home directory."""
+    base = Path(os.environ.get(variable) or otherwise)
+    if not base.is_absolute():  # the XDG specification has relative ones ignored
+        try:
+            base = Path(otherwise).expanduser()
+        except RuntimeError:  # no HOME, and a user id without a name
+            return None
     return base / "vllm_mxfp4_sm120" if base.is_absolute() else None
 
 

@@ -135,6 +135,7 @@ def test_nothing_that_can_be_measured(capsys: pytest.CaptureFixture[str]) -> Non
         (["--tokens", "1,x"], "--tokens is '1,x', expected numbers"),
         (["--tp", "7"], "--tp 7: expected a divisor of tiny's intermediate size (5)"),
         (["--plot", "x.pdf"], "--plot x.pdf: expected a file that ends in .png or .svg"),
+        (["--plot", "/proc/x.png"], "--plot /proc/x.png: no file can be made there ("),
         (["--plot", "no/such/folder/x.png"], "--plot no/such/folder/x.png: its folder doesn't exist"),
     ],
 )
@@ -142,6 +143,19 @@ def test_wrong_arguments(arguments: list[str], line: str, capsys: pytest.Capture
     assert main(["bench", *arguments]) == 1
     said = capsys.readouterr().err
     assert said.startswith(f"mxfp4-sm120 bench: {line}") and len(said.splitlines()) == 1
+
+
+def test_what_was_measured_is_printed_though_it_cannot_be_drawn(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    def full(path: Path) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(plot, "draft_of", full)
+    arguments = ["bench", "--layers", "o", "--tokens", "1", "--json", "--plot", str(tmp_path / "x.png")]
+    assert main(arguments) == 1
+    said = capsys.readouterr()
+    assert json.loads(said.out)["tables"][0]["rows"] and said.err.endswith("x.png: No space left on device\n")
 
 
 def test_without_matplotlib(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
@@ -157,7 +171,7 @@ def test_ctrl_c(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[s
     monkeypatch.setattr(timing, "medians", interrupted)
     assert main(["bench", "--layers", "o", "--tokens", "1", "--plot", str(tmp_path / "x.png")]) == 130
     said = capsys.readouterr()
-    assert said.out == "" and said.err.endswith("mxfp4-sm120 bench: stopped, nothing was written\n")
+    assert said.out == "" and said.err.endswith("mxfp4-sm120 bench: stopped\n")
     assert not list(tmp_path.glob("*.png"))
 
 

@@ -47,7 +47,7 @@ def put(path, mode=0o644):
 def run(tmp_path, monkeypatch, cards, writable=True, everything=False):
     (tmp_path / "sources" / "setup.py").write_text(KERNELS.format(cards=cards))
     monkeypatch.setattr(build.os, "access", lambda path, mode: writable)
-    return build.run(argparse.Namespace(all=everything))
+    return build.run(argparse.Namespace(all=everything)).tell(as_json=False)
 
 
 def test_what_was_built_for_this_card_comes_before_the_packages():

@@ -291,7 +291,7 @@ def test_two_processes_do_not_write_one_folder(tuned: Path, tmp_path: Path) -> N
 
     def second(*_: object) -> None:
         if not refused:
-            with pytest.raises(ValueError, match="another process is writing it") as caught:
+            with pytest.raises(BlockingIOError, match="another process is writing it") as caught:
                 packing.pack(tuned, tmp_path / "packed")
             refused.append(str(caught.value))
 

@@ -164,7 +164,7 @@ def test_the_server_ends_with_the_command(number, stub, tmp_path):
         f"import sys, tempfile; tempfile.tempdir = {str(tmp_path / 'logs')!r};"
         "from vllm_mxfp4_sm120.cli.__main__ import main; from vllm_mxfp4_sm120.cli import server;"
         f"server.eager_if_nothing_compiles = list; sys.executable = {str(stub)!r};"
-        "sys.exit(main(['serve', 'model']))"
+        "sys.argv[1:] = ['serve', 'model']; sys.exit(main())"
     )
     mark = f"MARK_OF_SERVE={os.getpid()}-{number}"
     env = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[2]), "MARK_OF_SERVE": mark.split("=")[1]}

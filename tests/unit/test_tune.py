@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import json
+import re
 from functools import partial
 from pathlib import Path
 
@@ -215,20 +216,69 @@ def test_ctrl_c_and_on_from_there(here, home: Path, capsys: pytest.CaptureFixtur
     assert main(["tune"]) == 130
     said = capsys.readouterr()
     assert said.out == "" and "tune: stopped; what was timed is kept in" in said.err
-    assert not tuning.user_path(CARD).exists() and len(list((home / "cache").rglob("*"))) == 2  # a folder, a file
+    assert not tuning.user_path(CARD).exists() and len(list((home / "cache").rglob("*.*"))) == 2  # notes, their lock
     clock = here(Clock())
     assert main(["tune"]) == 0
     assert [tokens for _, tokens in clock.asked] == [12, 100, 4, 8]
-    assert json.loads(tuning.user_path(CARD).read_text())["rule"]
+    stopped = tuning.user_path(CARD).read_text()
+    tuning.user_path(CARD).unlink()
+    here(Clock())
+    assert main(["tune"]) == 0 and tuning.user_path(CARD).read_text() == stopped
 
 
-@pytest.mark.parametrize("why", ["other kernels", "--again", "damaged"])
+def test_two_at_once(here, capsys: pytest.CaptureFixture[str]) -> None:
+    """They would falsify each other's times. The first isn't disturbed by the second."""
+    clock = here(Clock())
+    statuses = []
+
+    def with_another(*arguments: object) -> Timed:
+        if not statuses:
+            statuses.append(main(["tune"]))
+        return Clock.__call__(clock, *arguments)
+
+    here(with_another)
+    assert main(["tune", "--json"]) == 0 and statuses == [1] and len(clock.asked) == 7
+    said = capsys.readouterr()
+    assert json.loads(said.out)["path"] == str(tuning.user_path(CARD))
+    assert "another process is writing it, expected none; wait for it" in said.err
+
+
+@pytest.mark.parametrize("place", ["a file", "nowhere"])
+def test_where_nothing_can_be_kept(place: str, here, home: Path, monkeypatch, capsys) -> None:
+    clock = here(Clock(stop_after=3))
+    (home / "cache").write_text("in the way")
+    if place == "nowhere":
+        monkeypatch.setattr(tune, "cache_dir", lambda: None)
+    assert main(["tune"]) == 130
+    said = capsys.readouterr().err
+    assert "nothing is kept of a run that is stopped: " in said and said.endswith("mxfp4-sm120 tune: stopped\n")
+    assert len(clock.asked) == 3
+
+
+DAMAGE = {
+    "cut short": lambda text: text[:-1],
+    "a list": lambda text: "[1]",
+    "braces without end": lambda text: "[" * 100_000,
+    "no notes": lambda text: text.replace('"notes": {', '"notes": 3, "x": {'),
+    "notes that are none": lambda text: re.sub(r'("library 20b \d+": )\{.*?\}\}', r"\1 [1]", text),
+    "a time of 0": lambda text: text.replace("100.0", "0.0"),
+    "a time below 0": lambda text: text.replace("100.0", "-1.0"),
+    "a time that is none": lambda text: text.replace("100.0", "NaN"),
+    "a round too few": lambda text: text.replace("[100.0, ", "["),
+    "no rounds": lambda text: re.sub(r"\[100.*?\]", "[]", text),
+    "words for times": lambda text: text.replace("100.0", '"fast"'),
+}
+
+
+@pytest.mark.parametrize("why", ["other kernels", "--again", *DAMAGE])
 def test_what_was_timed_is_forgotten(why: str, here, home: Path) -> None:
     here(Clock(stop_after=3))
     assert main(["tune"]) == 130
     [notes] = (home / "cache").rglob("*.json")
-    if why == "damaged":
-        notes.write_text("{")
+    if why in DAMAGE:
+        damaged = DAMAGE[why](notes.read_text())
+        assert damaged != notes.read_text()
+        notes.write_text(damaged)
     clock = here(Clock(), "v2" if why == "other kernels" else "v1")
     assert main(["tune", *([why] if why == "--again" else [])]) == 0
     assert len(clock.asked) == 7
@@ -273,7 +323,7 @@ def test_a_folder_that_cannot_be_written(here, home: Path, monkeypatch, capsys: 
     monkeypatch.setattr(tune.os, "access", lambda path, mode: False)
     assert main(["tune"]) == 1 and clock.asked == []
     assert "can't be written: set XDG_CONFIG_HOME, or give --dry-run" in capsys.readouterr().err
-    monkeypatch.setattr("platformdirs.user_config_path", lambda *_, **__: Path("~/.config/x"))
+    monkeypatch.setattr(tuning, "user_folder", lambda *_: None)
     assert main(["tune"]) == 1 and "this user has no home directory to keep a rule in" in capsys.readouterr().err
 
 

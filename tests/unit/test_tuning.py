@@ -5,6 +5,8 @@ from __future__ import annotations
 
 import json
 import logging
+import math
+import pwd
 from pathlib import Path
 
 import pytest
@@ -61,6 +63,19 @@ def test_the_users_file_comes_first() -> None:
         ({"library": "v1", "rule": [{"kernel": "decode", "tokens": 8}]}, "the last line of its rule has a bound"),
         ({"library": "v1", "rule": [{"kernel": "decode", "tokens": "8"}, {"kernel": "b"}]}, "numbers above 0"),
         ({"library": "v1", "rule": 7}, "is no rule"),
+        ({"library": "v1", "rule": [{"kernel": "decode", "tokens": -8}, {"kernel": "b"}]}, "numbers above 0"),
+        ({"library": "v1", "rule": [{"kernel": "decode", "tokens": math.nan}, {"kernel": "b"}]}, "numbers above 0"),
+        ({"library": "v1", "rule": [{"kernel": "decode", "tokens": True}, {"kernel": "b"}]}, "numbers above 0"),
+        ({"library": "v1", "rule": [{"kernel": "decode", "tokens": 10**400}, {"kernel": "b"}]}, "numbers above 0"),
+        ({"library": "v1", "rule": [{"kernel": ["decode"]}]}, "expected a kernel's name"),
+        ({"library": "v1", "rule": []}, "the last line of its rule has a bound"),
+        ({"library": "v1", "rule": [{"kernel": "decode"}], "for": "NVIDIA H100"}, "another card (NVIDIA H100, this is"),
+        ({"library": "v1", "rule": [{"kernel": "decode"}], "for": ["a\nb" * 999]}, "was tuned on another card"),
+        ({"library": "v\n1" * 999, "rule": [{"kernel": "decode"}]}, "another version of library (v 1v 1"),
+        ({"library": "v1", "rule": [{"kernel": "decode", "a\nb": 1}]}, "is no rule"),
+        ('{"library": "v1", "rule": [{"kernel": "decode", "tokens": ' + "9" * 5000 + "}]}", "is no rule"),
+        (" " * (tuning.LARGEST + 1), "bytes, expected some hundred"),
+        ("\x00\xff", "is no rule"),
         ("[1]", "is no rule: it holds list, expected an object"),
         ("{", "is no rule"),
         ("[" * 100_000, "is no rule"),
@@ -76,6 +91,7 @@ def test_a_users_file_that_does_not_fit_is_ignored_with_one_line(
     with caplog.at_level(logging.WARNING, logger="vllm.mxfp4_sm120"):
         assert tuning.say(found) == tuning.say(find()) == SHIPPED
     assert [record.getMessage() for record in caplog.records] == [f"mxfp4_sm120: {found.ignored}"]
+    assert found.ignored.isprintable() and len(found.ignored) < 600
 
 
 def test_a_remembered_proof_ends_with_the_rule_it_was_made_under() -> None:
@@ -91,9 +107,35 @@ def test_a_remembered_proof_ends_with_the_rule_it_was_made_under() -> None:
     assert find().path == config_path("tuning", "default.json")
 
 
-def test_without_a_home_directory(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("platformdirs.user_config_path", lambda *_, **__: Path("~/.config/x"))
-    assert tuning.user_path(CARD) is None and find().rule == SHIPPED and tuning.files()
+@pytest.mark.parametrize(
+    ("environment", "folder"),
+    [
+        ({"XDG_CONFIG_HOME": "/xdg"}, "/xdg"),
+        ({"XDG_CONFIG_HOME": "relative"}, "/home/me/.config"),
+        ({"XDG_CONFIG_HOME": "~/x"}, "/home/me/.config"),
+        ({}, "/home/me/.config"),
+        ({"HOME": "relative"}, None),
+        ({"HOME": None}, None),
+    ],
+)
+def test_where_a_users_file_lies(environment: dict, folder: str | None, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nowhere for a user whom the system has no home for, such as a container's: the shipped rule is used."""
+
+    def nobody(uid: int) -> None:
+        raise KeyError(uid)
+
+    monkeypatch.setattr(pwd, "getpwuid", nobody)
+    for name, value in ({"XDG_CONFIG_HOME": "", "HOME": "/home/me"} | environment).items():
+        monkeypatch.delenv(name) if value is None else monkeypatch.setenv(name, value)
+    expected = folder and Path(folder, "vllm_mxfp4_sm120/tuning/NVIDIA_GeForce_RTX_5090.json")
+    assert tuning.user_path(CARD) == expected and find().rule == SHIPPED and tuning.files()
+
+
+def test_a_folder_that_is_a_link(home: Path) -> None:
+    (home / "dotfiles").mkdir()
+    (home / "config").symlink_to("dotfiles")
+    path = own_file({"library": "v1", "rule": [{"kernel": "decode"}]})
+    assert find().path == path and list((home / "dotfiles").rglob("*.json"))
 
 
 def test_triton_takes_the_tiles_that_it_took() -> None:

@@ -19,8 +19,10 @@ from pathlib import Path
 from typing import Any
 
 from vllm_mxfp4_sm120 import config_path
+from vllm_mxfp4_sm120.cache import user_folder
 from vllm_mxfp4_sm120.log import logger
 
+LARGEST = 1 << 20  # bytes of a file; they have some hundred
 REMEDY = "run mxfp4-sm120 tune again, or remove it"
 
 
@@ -70,10 +72,8 @@ def file_name(card: str) -> str:
 
 def user_path(card: str) -> Path | None:
     """Where `mxfp4-sm120 tune` puts a card's file; None for a user without a home directory."""
-    import platformdirs  # not needed to load the library
-
-    folder = platformdirs.user_config_path("vllm_mxfp4_sm120") / "tuning"
-    return folder / file_name(card) if folder.is_absolute() else None
+    folder = user_folder("XDG_CONFIG_HOME", "~/.config")
+    return folder and folder / "tuning" / file_name(card)
 
 
 def shipped_path(card: str) -> Path:
@@ -95,21 +95,26 @@ def find(card: str, family: Family, version: str, check: Callable[[Rule, str], N
     """The rule for a card: the user's if it was measured with this version of the kernels, else what is shipped.
 
     `check(rule, file's name)` raises ValueError for a kernel that doesn't exist. Raises ValueError for a shipped file
-    that is damaged; a user's is ignored.
+    that is damaged; a user's is ignored, as one of another card is.
     """
     path, ignored = user_path(card), None
     try:
         if path is not None and path.is_file():
             contents = _contents(path)
-            if contents.get(family) == version:
+            its_card, its_version = contents.get("for", card), contents.get(family)
+            if family.key not in contents:
+                pass  # it says nothing of these kernels
+            elif its_card != card:
+                ignored = f"{path} was tuned on another card ({_short(its_card)}, this is {card}): {REMEDY}"
+            elif its_version != version:
+                versions = f"{_short(its_version)}, this is {version}"
+                ignored = f"{path} was tuned for another version of {family} ({versions}): {REMEDY}"
+            else:
                 rule = _rule(contents, family, path)
                 check(rule, path.name)
                 return Found(path, rule)
-            if family.key in contents:
-                versions = f"{contents.get(family)}, this is {version}"
-                ignored = f"{path} was tuned for another version of {family} ({versions}): {REMEDY}"
     except (OSError, ValueError) as error:
-        ignored = f"{path} can't be used: {error}: {REMEDY}"
+        ignored = f"{path} can't be used: {_short(error)}: {REMEDY}"
     shipped = shipped_path(card)
     rule = read(shipped, family)
     check(rule, shipped.name)
@@ -136,10 +141,18 @@ def files() -> list[Path]:
     return [path for folder in folders for path in sorted(folder.glob("*.json"))]
 
 
+def _short(said: object) -> str:
+    """One line of a log, whatever a file holds."""
+    text = " ".join(str(said).split())
+    return text if len(text) <= 200 else f"{text[:200]}..."
+
+
 def _contents(path: Path) -> dict[str, Any]:
+    if (size := path.stat().st_size) > LARGEST:
+        raise ValueError(f"{path.name} is no rule: {size} bytes, expected some hundred")
     try:
         contents = json.loads(path.read_text())
-    except (json.JSONDecodeError, UnicodeDecodeError, RecursionError) as error:
+    except (ValueError, RecursionError) as error:  # ValueError: not JSON, not text, or a number of thousands of digits
         raise ValueError(f"{path.name} is no rule: {error}") from error
     if not isinstance(contents, dict):
         raise ValueError(f"{path.name} is no rule: it holds {type(contents).__name__}, expected an object")
@@ -153,8 +166,10 @@ def _rule(contents: dict[str, Any], family: Family, path: Path) -> Rule:
         raise ValueError(f"{path.name} is no rule: {error}") from error
     for bound in rule:
         numbers = (bound.tokens, bound.tokens_per_expert)
-        if not isinstance(bound.kernel, str) or not all(type(each) in (int, float) and each > 0 for each in numbers):
-            raise ValueError(f"{path.name} is no rule: {bound}, expected a kernel's name and numbers above 0")
+        # An integer may be larger than any float, in which form the library gets it.
+        fit = all(type(each) in (int, float) and (0 < each < 1e18 or each == math.inf) for each in numbers)
+        if not isinstance(bound.kernel, str) or not fit:
+            raise ValueError(f"{path.name} is no rule: expected a kernel's name and numbers above 0, found {bound}")
     if not rule or rule[-1] != Bound(rule[-1].kernel):
         raise ValueError(f"{path.name}: the last line of its rule has a bound, expected a kernel for all other calls")
     return rule

@@ -7,6 +7,7 @@ The picture holds the numbers that it was drawn from, and the same numbers give 
 from __future__ import annotations
 
 import json
+import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -40,8 +41,14 @@ def why_not(path: Path) -> str | None:
     """One line saying why nothing can be drawn into this file; None if it can. Asked before anything is measured."""
     if path.suffix.lower() not in FORMATS:
         return f"--plot {path}: expected a file that ends in {' or '.join(FORMATS)}"
+    if path.is_dir():
+        return f"--plot {path}: a folder, expected a file's name"
     if not path.absolute().parent.is_dir():
         return f"--plot {path}: its folder doesn't exist"
+    try:
+        tempfile.TemporaryFile(dir=path.absolute().parent).close()
+    except OSError as error:
+        return f"--plot {path}: no file can be made there ({error.strerror or error})"
     try:
         import matplotlib  # noqa: F401
     except ImportError:

@@ -4,6 +4,8 @@
 from __future__ import annotations
 
 import json
+import os
+import re
 import shutil
 import tempfile
 from collections.abc import Mapping
@@ -12,17 +14,29 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor
 
 from vllm_mxfp4_sm120 import mxfp4
 from vllm_mxfp4_sm120.checkpoint.headers import INDEX
 from vllm_mxfp4_sm120.checkpoint.read import experts_by_name
+from vllm_mxfp4_sm120.drafts import naming
 from vllm_mxfp4_sm120.moe import MoEWeights
 
 # A writer holds one shard while SAVERS more are on their way: copying into the page cache can take a core 3 s for a GB.
 SHARD_BYTES = 1 << 30
 SAVERS = 4
+
+
+def save(tensors: dict[str, Tensor], file: Path) -> None:
+    """A shard. Raises OSError, naming the file, where it can't be written whole."""
+    try:
+        save_file(tensors, file, metadata={"format": "pt"})
+    except SafetensorError as error:
+        if system := re.search(r"os error (\d+)", str(error)):  # such as a full disk
+            raise OSError(int(system[1]), os.strerror(int(system[1])), str(file)) from error
+        raise OSError(f"{file}: {error}") from error
 
 
 @dataclass
@@ -57,7 +71,7 @@ class Writer:
         return self
 
     def add(self, name: str, tensor: Tensor) -> None:
-        """One tensor of the checkpoint. Raises ValueError if that name was already added."""
+        """One tensor of the checkpoint. Raises ValueError if that name was already added, OSError for a full disk."""
         if name in self._weight_map or name in self._pending:
             raise ValueError(f"{self.directory}: tensor {name} was added twice, expected once")
         if self._pending and sum(t.nbytes for t in self._pending.values()) + tensor.nbytes > self.shard_bytes:
@@ -71,13 +85,15 @@ class Writer:
             self.add(name, tensor.unflatten(-1, shape))
 
     def write_json(self, name: str, value: Mapping[str, Any]) -> None:
-        """A JSON file of the checkpoint, such as config.json."""
-        (self.draft / name).write_text(json.dumps(value, indent=2) + "\n")
+        """A JSON file of the checkpoint, such as config.json. Raises OSError."""
+        with naming(self.directory / name):
+            (self.draft / name).write_text(json.dumps(value, indent=2) + "\n")
 
     def __exit__(self, kind: object, error: object, trace: object) -> None:
         try:
             if kind is None:
-                self._finish()
+                with naming(self.directory):
+                    self._finish()
         finally:
             self._savers.shutdown(cancel_futures=True)
             shutil.rmtree(self._private, ignore_errors=True)
@@ -85,9 +101,10 @@ class Writer:
     def _flush(self) -> None:
         tensors = {name: tensor.contiguous().cpu() for name, tensor in self._pending.items()}
         if len(self._saving) == SAVERS:
-            self._saving.pop(0).result()
+            with naming(self.directory):
+                self._saving.pop(0).result()
         file = self.draft / f"{self._shards}.safetensors"
-        self._saving.append(self._savers.submit(save_file, tensors, file, metadata={"format": "pt"}))
+        self._saving.append(self._savers.submit(save, tensors, file))
         self._weight_map |= dict.fromkeys(tensors, self._shards)
         self._bytes += sum(tensor.nbytes for tensor in tensors.values())
         self._shards += 1

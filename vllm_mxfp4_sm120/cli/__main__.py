@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""`mxfp4-sm120 COMMAND`: each command is a module beside this one with `add_arguments(parser)` and `run(args) -> int`.
+"""`mxfp4-sm120 COMMAND`: each command is a module beside this one, `add_arguments(parser)` and `run(args) -> Outcome`.
 
 Only the chosen command's module is imported, so that `mxfp4-sm120 --help` is instant.
 """
@@ -10,6 +10,10 @@ import argparse
 import importlib
 import sys
 from collections.abc import Sequence
+from contextlib import nullcontext, redirect_stdout
+from types import ModuleType
+
+from vllm_mxfp4_sm120.cli.ending import NOBODY_READS, STOPPED, Outcome, failed, in_words, settle, unwind_on_signals
 
 COMMANDS = {
     "build": "compile the CUDA library for this machine's card",
@@ -22,28 +26,65 @@ COMMANDS = {
     "unpack": "turn MXFP4 experts back into BF16, as transformers keeps them",
     "serve": "start vllm serve with this plugin, send one completion, show who answered",
 }
+EPILOG = "mxfp4-sm120 COMMAND --help has examples."
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run one command. Returns the process's exit status: 0, or 1 with the reason on stderr."""
+    """Run one command. Returns the process's exit status.
+
+    That is 0; 1 with the reason on stderr; 130 after Ctrl-C; 141 where whoever read the output has stopped reading.
+    """
     arguments = list(sys.argv[1:] if argv is None else argv)
+    if argv is None:
+        unwind_on_signals()
+    try:
+        return dispatch(arguments)
+    except BrokenPipeError:
+        return NOBODY_READS
+    finally:
+        settle()
+
+
+def dispatch(arguments: list[str]) -> int:
+    """As `main`. Raises BrokenPipeError."""
+    name, as_json = next(iter(arguments), ""), "--json" in arguments
+    try:
+        module, args = parsed(arguments)
+        # What libraries print isn't the report; a command without one prints by itself.
+        with redirect_stdout(sys.stderr) if "json" in args else nullcontext():
+            outcome: Outcome = module.run(args)
+        return outcome.tell(as_json)
+    except BrokenPipeError:
+        raise
+    except KeyboardInterrupt as stopped:
+        return failed(name, str(stopped) or "stopped", as_json, STOPPED)
+    except (ValueError, RuntimeError, OSError, ImportError, MemoryError) as error:
+        return failed(name, in_words(error), as_json)
+
+
+def parsed(arguments: list[str]) -> tuple[ModuleType, argparse.Namespace]:
+    """The command's module, and its arguments; what follows -- is `passed_on`. Wrong ones end the program, status 2."""
     passed_on: list[str] = []
     if "--" in arguments:  # argparse mixes what follows with a command's own options
         here = arguments.index("--")
         arguments, passed_on = arguments[:here], arguments[here + 1 :]
-    parser = argparse.ArgumentParser(prog="mxfp4-sm120", description="MXFP4 GPT-OSS experts for vLLM")
+    parser = argparse.ArgumentParser(prog="mxfp4-sm120", description="MXFP4 GPT-OSS experts for vLLM", epilog=EPILOG)
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+    module = None
     for name, summary in COMMANDS.items():
-        command = commands.add_parser(name, help=summary, description=summary)
+        command = commands.add_parser(
+            name,
+            help=summary,
+            description=summary,
+            allow_abbrev=False,
+            formatter_class=argparse.RawDescriptionHelpFormatter,
+        )
         if name in arguments[:1]:
             module = importlib.import_module(f"vllm_mxfp4_sm120.cli.{name.replace('-', '_')}")
             module.add_arguments(command)
     args = parser.parse_args(arguments, argparse.Namespace(passed_on=passed_on))
-    try:
-        return int(module.run(args))
-    except (ValueError, RuntimeError, OSError) as error:
-        print(f"mxfp4-sm120 {args.command}: {error}", file=sys.stderr)
-        return 1
+    assert module is not None  # argparse wants a command first
+    return module, args
 
 
 if __name__ == "__main__":

@@ -4,11 +4,10 @@
 from __future__ import annotations
 
 import argparse
-import json
+import io
 import shlex
 import sys
-from collections.abc import Sequence
-from contextlib import redirect_stdout
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import torch
@@ -19,6 +18,7 @@ from vllm_mxfp4_sm120.bench.limits import Rates
 from vllm_mxfp4_sm120.bench.measure import Bench
 from vllm_mxfp4_sm120.bench.models import DENSE, LAYERS, model
 from vllm_mxfp4_sm120.bench.table import Table
+from vllm_mxfp4_sm120.cli.ending import Outcome
 from vllm_mxfp4_sm120.cli.progress import progress
 from vllm_mxfp4_sm120.platform import Machine
 
@@ -37,7 +37,6 @@ or multiplying, whichever is longer, at the rates that this machine reached in t
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.formatter_class = argparse.RawDescriptionHelpFormatter
     parser.epilog = EXAMPLES
     parser.add_argument("--model", choices=LAYERS, help="whose layers (default: 20b on a GPU, tiny on a CPU)")
     parser.add_argument("--layers", metavar="NAMES", help=f"of {','.join(LAYER_NAMES)} (default: all)")
@@ -51,8 +50,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--plot", type=Path, metavar="FILE", help="draw it, too: a .png or .svg; needs matplotlib")
 
 
-def run(args: argparse.Namespace) -> int:
-    """Returns 0, 1 if nothing could be measured, or 130 after Ctrl-C. Raises ValueError for a wrong argument."""
+def run(args: argparse.Namespace) -> Outcome:
+    """Its status is 0, or 1 if nothing could be measured or drawn. Raises ValueError for a wrong argument."""
     if args.plot is not None and (reason := plot.why_not(args.plot)):
         raise ValueError(reason)
     layers = chosen_layers(args.layers)
@@ -61,19 +60,15 @@ def run(args: argparse.Namespace) -> int:
     machine = selector.this_machine()
     if reason := machine.why_unsupported():
         raise RuntimeError(reason)
-    try:
-        with redirect_stdout(sys.stderr):  # what libraries print; stdout is for the report
-            rates, tables = examine(args, machine, layers, wanted, tokens)
-    except KeyboardInterrupt:
-        print("mxfp4-sm120 bench: stopped, nothing was written", file=sys.stderr)
-        return 130
+    rates, tables = examine(args, machine, layers, wanted, tokens)
+    status = 0 if any(table.compared for table in tables) else 1
     if args.plot is not None:
-        plot.draw(tables, args.plot)
-    if args.json:
-        print(json.dumps(measure.report(rates, tables, machine, versions()), indent=1))
-    else:
-        show(rates, tables, machine)
-    return 0 if any(table.compared for table in tables) else 1
+        try:
+            plot.draw(tables, args.plot)
+        except OSError as error:  # what took minutes to measure is said all the same
+            print(f"mxfp4-sm120 bench: --plot {args.plot}: {error.strerror or error}", file=sys.stderr)
+            status = 1
+    return Outcome(lines(rates, tables, machine), measure.report(rates, tables, machine, versions()), status)
 
 
 @torch.inference_mode()
@@ -110,39 +105,43 @@ def examine(
     return rates, tables
 
 
-def show(rates: Rates, tables: Sequence[Table], machine: Machine) -> None:
+def lines(rates: Rates, tables: Sequence[Table], machine: Machine) -> Iterator[str]:
     """The report for people."""
+    yield f"{where(machine)}: {rates}"
+    if machine.capability is None:
+        yield "no NVIDIA GPU: these are the CPU's paths, which say nothing about any card"
+    for table in tables:
+        yield f"\n{table.what}"
+        yield drawn(table)
+        yield from (f"{name}: {reason}" for name, reason in table.left_out.items())
+
+
+def drawn(table: Table) -> str:
+    """The table, the fastest of each row bold on a terminal. A narrow one wraps lines: no number is cut off."""
     from rich.console import Console
     from rich.table import Table as RichTable
     from rich.text import Text
 
-    terminal = sys.stdout.isatty()
-    console = Console(width=None if terminal else 240, highlight=False)
-    console.print(Text(f"{where(machine)}: {rates}"))
-    if machine.capability is None:
-        console.print("no NVIDIA GPU: these are the CPU's paths, which say nothing about any card")
-    for table in tables:
-        console.print(Text(f"\n{table.what}"))
-        drawn = RichTable(box=None, pad_edge=False)
-        for column in table.columns:
-            drawn.add_column(column, justify="right", no_wrap=True)
-        for row in table.rows:
-            times = dict(zip(table.columns, row, strict=True))
-            best = min((time for name in table.compared if (time := times[name]) is not None), default=None)
-            cells = ("-" if cell is None else f"{cell:,.1f}" if isinstance(cell, float) else str(cell) for cell in row)
-            drawn.add_row(
-                *(
-                    Text(cell, "bold" if name in table.compared and times[name] == best else "")
-                    for name, cell in zip(table.columns, cells, strict=True)
-                )
+    grid = RichTable(box=None, pad_edge=False)
+    for column in table.columns:
+        grid.add_column(column, justify="right", no_wrap=True)
+    for row in table.rows:
+        times = dict(zip(table.columns, row, strict=True))
+        best = min((time for name in table.compared if (time := times[name]) is not None), default=None)
+        cells = ("-" if cell is None else f"{cell:,.1f}" if isinstance(cell, float) else str(cell) for cell in row)
+        grid.add_row(
+            *(
+                Text(cell, "bold" if name in table.compared and times[name] == best else "")
+                for name, cell in zip(table.columns, cells, strict=True)
             )
-        if table.errors:
-            drawn.add_section()
-            errors = (f"{table.errors[name]:.1e}" if name in table.errors else "" for name in table.columns[1:])
-            drawn.add_row("error", *errors)
-        console.print(drawn)
-        for name, reason in table.left_out.items():
-            console.print(Text(f"{name}: {reason}"), soft_wrap=True)
+        )
+    if table.errors:
+        grid.add_section()
+        errors = (f"{table.errors[name]:.1e}" if name in table.errors else "" for name in table.columns[1:])
+        grid.add_row("error", *errors)
+    text, terminal = io.StringIO(), sys.stdout is not None and sys.stdout.isatty()
+    Console(file=text, force_terminal=terminal, width=1000, highlight=False).print(grid)
+    return text.getvalue().removesuffix("\n")
 
 
 def where(machine: Machine) -> str:

@@ -16,14 +16,24 @@ from pathlib import Path
 
 from vllm_mxfp4_sm120.backends.native import library
 from vllm_mxfp4_sm120.cache import make_folder, others_may_write
+from vllm_mxfp4_sm120.cli.ending import Outcome
+
+EXAMPLES = """examples:
+  mxfp4-sm120 build
+  mxfp4-sm120 build --all
+
+Into the package where that can be written, else into the cache directory (MXFP4_SM120_CACHE_DIR). pip or uv fetch
+nvcc, CMake and Ninja where they are missing; a C++ compiler (g++) must be here.
+"""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.epilog = EXAMPLES
     parser.add_argument("--all", action="store_true", help="for every supported card, not only this machine's")
 
 
-def run(args: argparse.Namespace) -> int:
-    """Returns 0. Raises RuntimeError where nothing can be compiled or the compiler fails, OSError for a full disk."""
+def run(args: argparse.Namespace) -> Outcome:
+    """Raises RuntimeError where nothing can be compiled or the compiler fails, OSError for a full disk."""
     kernels = runpy.run_path(str(library.sources() / "setup.py"))
     try:
         here = kernels["cards"]()
@@ -36,10 +46,11 @@ def run(args: argparse.Namespace) -> int:
             fetch(kernels["missing"](cards), Path(tools))
             kernels["build"](targets[0], cards)
     except SystemExit as error:  # kernels/setup.py also runs inside pip
+        if isinstance(error.code, int):  # a signal's
+            raise
         raise RuntimeError(str(error)) from None
     finish(targets, here)
-    print(f"built {' '.join(map(os.fspath, targets))}")
-    return 0
+    return Outcome([f"built {' '.join(map(os.fspath, targets))}"])
 
 
 def places(cards: Sequence[str]) -> list[Path]:

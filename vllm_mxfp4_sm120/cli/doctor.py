@@ -5,7 +5,6 @@ from __future__ import annotations
 
 import argparse
 import getpass
-import json
 import os
 import re
 import socket
@@ -21,12 +20,20 @@ from vllm_mxfp4_sm120.backends.native import library
 from vllm_mxfp4_sm120.backends.native import tuning as native_tuning
 from vllm_mxfp4_sm120.checkpoint import Sizes, published_config
 from vllm_mxfp4_sm120.cli import surroundings
+from vllm_mxfp4_sm120.cli.ending import Outcome
 from vllm_mxfp4_sm120.cli.surroundings import Attention, Python
 from vllm_mxfp4_sm120.dense import plan
 from vllm_mxfp4_sm120.fit import Memory
 from vllm_mxfp4_sm120.platform import Machine
 
 MODELS = ("gpt-oss-20b", "gpt-oss-120b")
+EXAMPLES = """examples:
+  mxfp4-sm120 doctor
+  mxfp4-sm120 doctor --report     # to paste into an issue
+  mxfp4-sm120 doctor --json --no-proof
+
+The exit status is 1 where nothing can serve. What a proof found is remembered; the next start asks no more.
+"""
 DISTRIBUTIONS = {"vLLM": "vllm", "FlashInfer": "flashinfer-python", "Triton": "triton"}
 
 
@@ -246,6 +253,7 @@ def _user() -> str | None:
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.epilog = EXAMPLES
     parser.add_argument("--json", action="store_true", help="print the report as JSON")
     parser.add_argument("--report", action="store_true", help="print it as Markdown for a bug report, without names")
     parser.add_argument(
@@ -254,15 +262,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--forget", action="store_true", help="forget what earlier proofs found, and try again")
 
 
-def run(args: argparse.Namespace) -> int:
-    """Print the report. Returns 0 if something can serve, 1 if not."""
+def run(args: argparse.Namespace) -> Outcome:
+    """Its status is 0 if something can serve, 1 if not."""
     if args.forget:
         proof.forget()
     report = examine(prove=not args.no_proof)
-    if args.json:
-        print(json.dumps(asdict(report) | {"can_serve": report.can_serve}, indent=2))
-    elif args.report:
-        print(markdown(report))
-    else:
-        print("\n".join(lines(report)))
-    return 0 if report.can_serve else 1
+    said = [markdown(report)] if args.report else lines(report)
+    return Outcome(said, asdict(report) | {"can_serve": report.can_serve}, 0 if report.can_serve else 1)

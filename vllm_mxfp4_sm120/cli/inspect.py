@@ -4,7 +4,6 @@
 from __future__ import annotations
 
 import argparse
-import json
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -12,6 +11,7 @@ from pathlib import Path
 from vllm_mxfp4_sm120 import mxfp4
 from vllm_mxfp4_sm120.checkpoint import Sizes, published_config
 from vllm_mxfp4_sm120.checkpoint.survey import Survey, survey
+from vllm_mxfp4_sm120.cli.ending import Outcome
 from vllm_mxfp4_sm120.fit import GIB, LAYOUTS, Fit, Memory
 
 PUBLISHED = ("openai/gpt-oss-20b", "openai/gpt-oss-120b")
@@ -133,22 +133,20 @@ def table(fits: list[Fit]) -> Iterator[str]:
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.formatter_class = argparse.RawDescriptionHelpFormatter
     parser.epilog = EXAMPLES
     parser.add_argument("model", metavar="PATH_OR_REPO", help="a checkpoint's folder, or its name on Hugging Face")
     parser.add_argument("--verify", action="store_true", help="also compare each file with the folder's SHA256SUMS")
     parser.add_argument("--json", action="store_true", help="print the report as JSON")
 
 
-def run(args: argparse.Namespace) -> int:
-    """Returns 0, or 1 if something is wrong with the checkpoint."""
+def run(args: argparse.Namespace) -> Outcome:
+    """Its status is 0, or 1 if something is wrong with the checkpoint."""
     report = examine(_survey(args.model))
     if args.verify:
         from vllm_mxfp4_sm120.packing import verify
 
         report.problems += verify(Path(args.model))
-    print(json.dumps(asdict(report), indent=2) if args.json else "\n".join(lines(report)))
-    return 1 if report.problems else 0
+    return Outcome(lines(report), asdict(report), 1 if report.problems else 0)
 
 
 def _survey(model: str) -> Survey:

@@ -18,14 +18,22 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from tqdm import tqdm
 
 from vllm_mxfp4_sm120 import config_path
 from vllm_mxfp4_sm120.checkpoint import Sizes, Writer, published_config
+from vllm_mxfp4_sm120.cli.ending import Outcome
+from vllm_mxfp4_sm120.cli.progress import Show, progress
+from vllm_mxfp4_sm120.drafts import naming
 from vllm_mxfp4_sm120.moe import MoEShape, MoEWeights, reference, topk_softmax
 from vllm_mxfp4_sm120.mxfp4 import BLOCK, SCALE_BIAS
 
 SEED = 0
+EXAMPLES = """examples:
+  mxfp4-sm120 make-tiny ./tiny
+  mxfp4-sm120 make-tiny ./like-20b --like openai/gpt-oss-20b --layers 2
+
+Its weights are random: it answers always the same, and never anything that makes sense.
+"""
 LIKE = ("openai/gpt-oss-20b", "openai/gpt-oss-120b")
 # How much each part adds to the residual stream, whose embeddings have unit size, in a model of two layers. In a deeper
 # one each layer adds less (`layer_gain`), or the embedding would drown: after 24 layers it was a seventh of the stream.
@@ -59,6 +67,7 @@ SPECIAL_TOKENS = ("<|startoftext|>", "<|endoftext|>", "<|return|>", "<|call|>")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.epilog = EXAMPLES
     parser.add_argument("directory", type=Path, help="where the checkpoint goes; must not exist yet")
     parser.add_argument("--seed", type=int, default=SEED, help=f"of the weights (default {SEED})")
     sizes = parser.add_mutually_exclusive_group()
@@ -67,19 +76,20 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--layers", type=int, help="only so many layers")
 
 
-def run(args: argparse.Namespace) -> int:
+def run(args: argparse.Namespace) -> Outcome:
+    """Raises ValueError, OSError."""
     config = published_config(args.like) if args.like else json.loads(args.config.read_text())
     if args.layers is not None:
         if not 1 <= args.layers <= config["num_hidden_layers"]:
             raise ValueError(f"--layers is {args.layers}, expected 1 to {config['num_hidden_layers']}")
         config["num_hidden_layers"] = args.layers
         config["layer_types"] = config["layer_types"][: args.layers]
-    make_tiny(args.directory, config, args.seed)
-    print(f"wrote {args.directory}")
-    return 0
+    with progress("writing", unit="layers") as show:
+        make_tiny(args.directory, config, args.seed, show)
+    return Outcome([f"wrote {args.directory}"])
 
 
-def make_tiny(directory: Path, config: dict[str, Any], seed: int = SEED) -> None:
+def make_tiny(directory: Path, config: dict[str, Any], seed: int = SEED, show: Show = lambda *_: None) -> None:
     """Write the checkpoint, whole or not at all, never more of it in memory than the embedding and a layer.
 
     Raises ValueError if `directory` exists and is not empty, or if its disk has no room.
@@ -91,7 +101,9 @@ def make_tiny(directory: Path, config: dict[str, Any], seed: int = SEED) -> None
         embedding = embed(config, dice)
         writer.add("model.embed_tokens.weight", embedding)
         stream = Stream(config, embedding) if config["vocab_size"] <= DECIDED_BY_EXPERTS else None
-        for layer in tqdm(range(config["num_hidden_layers"]), desc=f"writing {directory}", unit="layer", disable=None):
+        layers = config["num_hidden_layers"]
+        for layer in range(layers):
+            show(f"layer {layer}", layer, layers)
             tensors = dict(attention_and_router(config, dice))
             experts = random_experts(Sizes.from_config(config).layer, layer_gain(config), dice)
             if stream is not None:
@@ -99,6 +111,7 @@ def make_tiny(directory: Path, config: dict[str, Any], seed: int = SEED) -> None
             for name, tensor in tensors.items():
                 writer.add(f"model.layers.{layer}.{name}", tensor)
             writer.add_experts(layer, experts)
+        show("the rest", layers, layers)
         norm = dice.normal(config["hidden_size"], std=0.05, mean=1.0)
         writer.add("model.norm.weight", norm)
         favoured = embedding if stream is None else stream.written_by_experts(norm)
@@ -106,7 +119,8 @@ def make_tiny(directory: Path, config: dict[str, Any], seed: int = SEED) -> None
         writer.write_json("config.json", config)
         special = {key: config[key] for key in ("bos_token_id", "eos_token_id", "pad_token_id")}
         writer.write_json("generation_config.json", special)
-        write_tokenizer(writer.draft, config["vocab_size"])
+        with naming(directory):
+            write_tokenizer(writer.draft, config["vocab_size"])
 
 
 def checkpoint_bytes(config: dict[str, Any]) -> int:
@@ -301,7 +315,7 @@ def write_tokenizer(directory: Path, vocab_size: int) -> None:
         show_progress=False,
     )
     tokenizer.train_from_iterator([TEXT], trainer)
-    tokenizer.save(str(directory / "tokenizer.json"))
+    (directory / "tokenizer.json").write_text(tokenizer.to_str(pretty=True))
     names = {
         "tokenizer_class": "PreTrainedTokenizerFast",
         "bos_token": SPECIAL_TOKENS[0],

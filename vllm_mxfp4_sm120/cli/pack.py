@@ -4,16 +4,18 @@
 from __future__ import annotations
 
 import argparse
-import json
-import sys
 from collections.abc import Iterator
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING
 
 import torch
 
+from vllm_mxfp4_sm120.cli.ending import Outcome
 from vllm_mxfp4_sm120.cli.progress import progress
+
+if TYPE_CHECKING:
+    from vllm_mxfp4_sm120.packing.pack import Report
 
 EXAMPLES = """examples:
   mxfp4-sm120 pack ./my-finetune ./my-finetune-mxfp4
@@ -25,7 +27,6 @@ DST.partial; the same command goes on from there.
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.formatter_class = argparse.RawDescriptionHelpFormatter
     parser.epilog = EXAMPLES
     parser.add_argument("source", type=Path, metavar="SRC", help="the folder of the BF16 model, as it was saved")
     parser.add_argument("target", type=Path, metavar="DST", help="the folder to write; must not exist yet")
@@ -49,25 +50,14 @@ def add_common(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--json", action="store_true", help="print the report as JSON")
 
 
-def run(args: argparse.Namespace) -> int:
-    """Returns 0, or 130 after Ctrl-C."""
-    from vllm_mxfp4_sm120.packing import Options, Stopped, pack
+def run(args: argparse.Namespace) -> Outcome:
+    """Raises ValueError; KeyboardInterrupt, which says how to go on."""
+    from vllm_mxfp4_sm120.packing import Options, pack
 
     options = Options(args.search, args.adapter, moments(args), device(args), shard_bytes(args))
-    try:
-        with progress("packing", quiet=args.json) as show:
-            report = pack(args.source, args.target, options, show)
-    except Stopped as stopped:
-        print(f"mxfp4-sm120 pack: {stopped}", file=sys.stderr)
-        return 130
-    if args.json:
-        print(json.dumps(asdict(report), indent=2))
-    else:
-        print("\n".join(lines(asdict(report)["projections"])))
-        for name in report.left_out:
-            print(f"left out: {name}, which GPT-OSS has no place for")
-        print(f"wrote {report.directory}")
-    return 0
+    with progress("packing", quiet=args.json) as show:
+        report = pack(args.source, args.target, options, show)
+    return Outcome(lines(report), asdict(report))
 
 
 def moments(args: argparse.Namespace) -> dict[str, torch.Tensor]:
@@ -102,10 +92,12 @@ def shard_bytes(args: argparse.Namespace) -> int:
     return int(args.shard_gb * 2**30)
 
 
-def lines(projections: list[dict[str, Any]]) -> Iterator[str]:
-    """The table of errors."""
+def lines(report: Report) -> Iterator[str]:
+    """The table of errors, and what became of the rest."""
     yield f"{'layer':>5}  {'projection':12}  {'relative RMS':>12}  {'SQNR':>8}"
-    for each in projections:
-        rms, decibels = each["relative_rms"], each["sqnr_db"]
+    for each in report.projections:
+        rms, decibels = each.relative_rms, each.sqnr_db
         error = "packed already" if rms is None else f"{rms:12.4f}" if rms else "       exact"
-        yield f"{each['layer']:5}  {each['projection']:12}  {error}" + (f"  {decibels:5.1f} dB" if decibels else "")
+        yield f"{each.layer:5}  {each.projection:12}  {error}" + (f"  {decibels:5.1f} dB" if decibels else "")
+    yield from (f"left out: {name}, which GPT-OSS has no place for" for name in report.left_out)
+    yield f"wrote {report.directory}"

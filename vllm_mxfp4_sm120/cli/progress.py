@@ -17,7 +17,7 @@ def progress(title: str, quiet: bool = False, unit: str = "GB") -> Iterator[Show
     """Gives what is to be called with each step; amounts are bytes where the unit is GB."""
     if quiet:
         yield lambda *_: None
-    elif sys.stderr.isatty():
+    elif sys.stderr is not None and sys.stderr.isatty():
         yield from _bar(title, unit)
     else:
         yield _lines(title, unit)
@@ -34,7 +34,7 @@ def _bar(title: str, unit: str) -> Iterator[Show]:
         TimeRemainingColumn(),
     )
     with Progress(*columns, console=Console(stderr=True)) as bar:
-        task = bar.add_task(title)
+        task = bar.add_task(title, total=None)
         yield lambda what, done, total: bar.update(task, description=f"{title} {what}", completed=done, total=total)
 
 

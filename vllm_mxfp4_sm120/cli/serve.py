@@ -5,17 +5,24 @@ from __future__ import annotations
 
 import argparse
 import shutil
-import signal
 import sys
 import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 
+from vllm_mxfp4_sm120.cli.ending import Outcome
 from vllm_mxfp4_sm120.cli.server import HOST, Server, first_error, free_port
 
 __all__ = ["HOST", "Server", "first_error", "free_port"]
 
 # Whoever reads English can tell whether what follows makes sense; the small model of models/ learned this book.
+EXAMPLES = """examples:
+  mxfp4-sm120 serve openai/gpt-oss-20b
+  mxfp4-sm120 serve ./gpt-oss-20b --port 8000 -- --max-model-len 8192 --tensor-parallel-size 2
+  mxfp4-sm120 serve ./gpt-oss-20b --once
+
+What follows -- goes to vllm serve as it is. Ctrl-C ends the server, too.
+"""
 PROMPT = "It is a truth universally acknowledged, that"
 
 
@@ -25,7 +32,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--prompt", default=PROMPT, help=f"of the completion (default: {PROMPT!r})")
     parser.add_argument("--max-tokens", type=positive, default=32, help="of the completion (default 32)")
     parser.add_argument("--once", action="store_true", help="stop after the completion")
-    parser.epilog = "What follows -- goes to vllm serve as it is."
+    parser.epilog = EXAMPLES
 
 
 def port(text: str) -> int:
@@ -40,13 +47,12 @@ def positive(text: str) -> int:
     return int(text)
 
 
-def run(args: argparse.Namespace) -> int:
-    """Returns 0 after --once, 128 and the signal's number after a signal. Raises what went wrong."""
+def run(args: argparse.Namespace) -> Outcome:
+    """Says what it does as it does it. Raises what went wrong."""
     extra = list(args.passed_on)
     options = [argument.partition("=")[0] for argument in extra]
     if "--config" not in options and not {"--quantization", "-q"} & set(options):
         extra = ["--quantization", "mxfp4_sm120", *extra]
-    end_by_exception()
     folder = Path(tempfile.mkdtemp(prefix="mxfp4-sm120-"))
     answered = False
     try:
@@ -72,18 +78,7 @@ def run(args: argparse.Namespace) -> int:
             shutil.rmtree(folder, ignore_errors=True)
         else:
             print(f"the server's log is kept: {folder / 'server.log'}", file=sys.stderr)
-    return 0
-
-
-def end_by_exception() -> None:
-    """Signals that end a program unwind it instead, so that the server ends, too; the exit status stays theirs."""
-
-    def unwind(number: int, frame: object) -> None:
-        raise SystemExit(128 + number)
-
-    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
-        if signal.getsignal(number) is not signal.SIG_IGN:  # nohup ignores SIGHUP
-            signal.signal(number, unwind)
+    return Outcome()
 
 
 def without_keys(command: Sequence[str]) -> list[str]:

@@ -4,11 +4,10 @@
 from __future__ import annotations
 
 import argparse
-import json
 import os
 import sys
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import redirect_stdout
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -20,10 +19,12 @@ from vllm_mxfp4_sm120.backends.native import Native, library
 from vllm_mxfp4_sm120.backends.tuning import Rule
 from vllm_mxfp4_sm120.bench.models import Model, model
 from vllm_mxfp4_sm120.cache import cache_dir, make_folder
+from vllm_mxfp4_sm120.cli.ending import Outcome, in_words
 from vllm_mxfp4_sm120.cli.progress import progress
+from vllm_mxfp4_sm120.drafts import alone
 from vllm_mxfp4_sm120.tune import gpu, session
 from vllm_mxfp4_sm120.tune.decide import GAIN
-from vllm_mxfp4_sm120.tune.session import Job, Notebook, Outcome, Timer
+from vllm_mxfp4_sm120.tune.session import Job, Notebook, Timer, Tuned
 
 MODELS = ("20b", "120b")
 EXAMPLES = f"""examples:
@@ -38,7 +39,6 @@ next start on, for this version of the kernels. A run that was stopped goes on w
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.formatter_class = argparse.RawDescriptionHelpFormatter
     parser.epilog = EXAMPLES
     parser.add_argument("--model", choices=MODELS, help="whose layer to time alone (default: both, for one rule)")
     parser.add_argument("--dry-run", action="store_true", help="say what would be written, and don't write it")
@@ -46,32 +46,21 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--json", action="store_true", help="print the report as JSON")
 
 
-def run(args: argparse.Namespace) -> int:
-    """Returns 0, or 130 after Ctrl-C. Raises RuntimeError where there is nothing to tune, OSError, ValueError."""
+def run(args: argparse.Namespace) -> Outcome:
+    """Raises RuntimeError where there is nothing to tune, OSError, ValueError; KeyboardInterrupt says what is kept."""
     card, jobs, timer = bench(args)
     path = target(card) if not args.dry_run else tuning.user_path(card)
-    folder = cache_dir()
-    notes = Notebook(folder and folder / "tuning" / tuning.file_name(card), circumstances(card, jobs))
-    if args.again:
-        notes.forget()
-    try:
-        with progress("tuning", quiet=args.json, unit="sizes") as show, redirect_stdout(sys.stderr):
-            outcomes = session.run(jobs, timer, notes, show)
-    except KeyboardInterrupt:
-        kept = "nothing was kept"
-        if notes.path is not None:
-            kept = f"what was timed is kept in {notes.path}, the same command goes on from there"
-        print(f"mxfp4-sm120 tune: stopped; {kept}", file=sys.stderr)
-        return 130
-    if not args.dry_run and path is not None:
-        session.write(path, card, measured(args), outcomes)
-        notes.forget()
-    if args.json:
-        print(json.dumps(report(card, None if args.dry_run else path, outcomes), indent=1))
-    else:
-        print("\n".join(lines(outcomes)))
-        print(f"would write {path}" if args.dry_run else f"wrote {path}: the next start takes it")
-    return 0
+    with notebook(card, jobs) as notes, progress("tuning", quiet=args.json, unit="sizes") as show:
+        if args.again:
+            notes.forget()
+        outcomes = session.run(jobs, timer, notes, show)
+        if not args.dry_run and path is not None:
+            session.write(path, card, measured(args), outcomes)
+            notes.forget()
+    last = f"wrote {path}: the next start takes it"
+    if args.dry_run:
+        last = f"would write {path or 'nothing: this user has no home directory'}"
+    return Outcome([*lines(outcomes), last], report(card, None if args.dry_run else path, outcomes))
 
 
 def bench(args: argparse.Namespace) -> tuple[str, list[Job], Timer]:
@@ -100,6 +89,35 @@ def target(card: str) -> Path:
     return path
 
 
+@contextmanager
+def notebook(card: str, jobs: Sequence[Job]) -> Iterator[Notebook]:
+    """Where times are kept until the rule is written, for one run at a time: two would falsify each other's.
+
+    Raises BlockingIOError while another run has it; KeyboardInterrupt says what is kept. Where nothing can be kept, it
+    says so and goes on.
+    """
+    facts, folder = circumstances(card, jobs), cache_dir()
+    why_not = "this user has no home directory"
+    try:
+        if folder is not None:
+            make_folder(folder / "tuning")
+            kept = folder / "tuning" / tuning.file_name(card)
+            lock = kept.with_suffix(".lock")
+            lock.touch()
+    except OSError as error:
+        folder, why_not = None, in_words(error)
+    if folder is None:
+        print(f"nothing is kept of a run that is stopped: {why_not}", file=sys.stderr)
+        yield Notebook(None, facts)
+        return
+    with alone(lock):
+        try:
+            yield Notebook(kept, facts)
+        except KeyboardInterrupt:
+            where = f"what was timed is kept in {kept}, the same command goes on from there"
+            raise KeyboardInterrupt(f"stopped; {where}") from None
+
+
 def circumstances(card: str, jobs: Sequence[Job]) -> dict[str, Any]:
     """What times depend on."""
     versions = {job.family.value: job.version for job in jobs}
@@ -112,7 +130,7 @@ def measured(args: argparse.Namespace) -> str:
     return f"mxfp4-sm120 tune, layers of gpt-oss-{' and gpt-oss-'.join(models)}, torch {torch.__version__}"
 
 
-def lines(outcomes: Sequence[Outcome]) -> Iterator[str]:
+def lines(outcomes: Sequence[Tuned]) -> Iterator[str]:
     """The report for people."""
     for outcome in outcomes:
         job, decision = outcome.job, outcome.decision
@@ -135,7 +153,7 @@ def rule_lines(rule: Rule) -> Iterator[str]:
         yield f"{bound.kernel} for up to {' and '.join(limits)}" if limits else f"{bound.kernel} for all others"
 
 
-def report(card: str, path: Path | None, outcomes: Sequence[Outcome]) -> Mapping[str, Any]:
+def report(card: str, path: Path | None, outcomes: Sequence[Tuned]) -> Mapping[str, Any]:
     """What `--json` prints; `path` is what was written."""
     return {
         "card": card,

@@ -4,10 +4,9 @@
 from __future__ import annotations
 
 import argparse
-import json
-import sys
 from pathlib import Path
 
+from vllm_mxfp4_sm120.cli.ending import Outcome
 from vllm_mxfp4_sm120.cli.pack import add_common, device, shard_bytes
 from vllm_mxfp4_sm120.cli.progress import progress
 
@@ -19,22 +18,16 @@ Nothing is lost: `mxfp4-sm120 pack` makes the same bytes of it again.
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.formatter_class = argparse.RawDescriptionHelpFormatter
     parser.epilog = EXAMPLE
     parser.add_argument("source", type=Path, metavar="SRC", help="the folder of the packed model")
     parser.add_argument("target", type=Path, metavar="DST", help="the folder to write; must not exist yet")
     add_common(parser)
 
 
-def run(args: argparse.Namespace) -> int:
-    """Returns 0, or 130 after Ctrl-C."""
-    from vllm_mxfp4_sm120.packing import Stopped, unpack
+def run(args: argparse.Namespace) -> Outcome:
+    """Raises ValueError; KeyboardInterrupt, which says how to go on."""
+    from vllm_mxfp4_sm120.packing import unpack
 
-    try:
-        with progress("unpacking", quiet=args.json) as show:
-            unpack(args.source, args.target, device(args), shard_bytes(args), show)
-    except Stopped as stopped:
-        print(f"mxfp4-sm120 unpack: {stopped}", file=sys.stderr)
-        return 130
-    print(json.dumps({"directory": str(args.target)}) if args.json else f"wrote {args.target}")
-    return 0
+    with progress("unpacking", quiet=args.json) as show:
+        unpack(args.source, args.target, device(args), shard_bytes(args), show)
+    return Outcome([f"wrote {args.target}"], {"directory": str(args.target)})

@@ -3,28 +3,27 @@
 
 from __future__ import annotations
 
-import fcntl
 import json
 import os
 import shutil
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from safetensors.torch import save_file
 from torch import Tensor
 
 from vllm_mxfp4_sm120.checkpoint.headers import INDEX, read_json
+from vllm_mxfp4_sm120.checkpoint.write import save
+from vllm_mxfp4_sm120.drafts import alone, naming
 from vllm_mxfp4_sm120.packing.manifest import sha256, write_sums
 
 SHARD_BYTES = 1 << 30
 STATE = "progress.json"
 
 
-class Stopped(RuntimeError):
-    """The user ended the run; the draft is there for the next one."""
+class Stopped(KeyboardInterrupt):
+    """The user ended the run; the draft is there for the next one, as the message says."""
 
 
 @dataclass(frozen=True)
@@ -64,16 +63,16 @@ def write(directory: Path, job: Job, progress: Progress = lambda name, done, tot
 
     Everything goes to DIRECTORY.partial, which takes its name at the end. What ends a run, be it Ctrl-C or a power
     failure, leaves whole shards there, and at most one NAME.part: the same call goes on after them.
-    Memory: a shard's tensors. Raises ValueError if `directory` isn't new or empty, if its disk has no room, if another
-    run is writing it, or if the draft is of another job; Stopped for Ctrl-C. What `make` and `finish` raise comes
-    through; after a ValueError of theirs, nothing is left.
+    Memory: a shard's tensors. Raises ValueError if `directory` isn't new or empty, if its disk has no room, or if the
+    draft is of another job; BlockingIOError if another run is writing it; Stopped for Ctrl-C. What `make` and `finish`
+    raise comes through; after a ValueError of theirs, nothing is left.
     """
     directory = directory.absolute()
     if directory.exists() and not (directory.is_dir() and not any(directory.iterdir())):
         raise ValueError(f"{directory}: already exists, expected a new name or an empty directory; remove it first")
     draft = directory.with_name(directory.name + ".partial")
     draft.mkdir(parents=True, exist_ok=True)
-    with _alone(draft):
+    with alone(draft), naming(directory):
         state = _resumed(draft, job)
         try:
             reports = _write_shards(draft, job, state, progress)
@@ -136,7 +135,7 @@ def _shards(units: Sequence[Unit], shard_bytes: int) -> Iterator[list[Unit]]:
 
 def _save(draft: Path, name: str, tensors: dict[str, Tensor], state: dict[str, Any]) -> None:
     part = draft / f"{name}.part"
-    save_file(tensors, part, metadata={"format": "pt"})
+    save(tensors, part)
     part.chmod(0o666 & ~_umask())  # safetensors writes for the owner only
     _sync(part)
     state["files"][name] = {
@@ -182,19 +181,6 @@ def _write_json(path: Path, value: Any) -> None:
     part = path.with_name(path.name + ".part")
     part.write_text(json.dumps(value, indent=2) + "\n")
     part.rename(path)
-
-
-@contextmanager
-def _alone(folder: Path) -> Iterator[None]:
-    """For one process at a time; the lock ends with it."""
-    handle = os.open(folder, os.O_RDONLY)
-    try:
-        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        yield
-    except BlockingIOError as error:
-        raise ValueError(f"{folder}: another process is writing it, expected none; wait for it") from error
-    finally:
-        os.close(handle)
 
 
 def _sync(path: Path) -> None:

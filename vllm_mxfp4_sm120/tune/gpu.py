@@ -20,11 +20,10 @@ from vllm_mxfp4_sm120.bench import timing
 from vllm_mxfp4_sm120.bench.experts import TOLERANCE
 from vllm_mxfp4_sm120.bench.measure import checked, expect_cuda_alive, one_line, walks_of
 from vllm_mxfp4_sm120.bench.models import Inputs, Judge, Model, model, random_weights
-from vllm_mxfp4_sm120.tune.session import Job, Timed
+from vllm_mxfp4_sm120.tune.session import ROUNDS, Job, Timed
 from vllm_mxfp4_sm120.tune.sizes import Size, around
 
-# In each round every kernel has its turn REPLAYS times, and the median of those is the round's.
-ROUNDS, REPLAYS = 5, 5
+REPLAYS = 5  # of a kernel in each round; their median is the round's
 # Tiles worth trying against those of a rule, by block_m: all are multiples that the kernels' MMA takes, and what asks
 # for more shared memory or registers than the card has fails when it is compiled, and is left out.
 TRIED = {

@@ -4,7 +4,9 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -15,6 +17,7 @@ from vllm_mxfp4_sm120.drafts import draft_of
 from vllm_mxfp4_sm120.tune.decide import Decision, decide
 from vllm_mxfp4_sm120.tune.sizes import Size
 
+ROUNDS = 5  # in each of which every kernel has its turn
 Show = Callable[[str, int, int], None]
 
 
@@ -41,7 +44,7 @@ class Job:
 
 
 @dataclass(frozen=True)
-class Outcome:
+class Tuned:
     """What became of a job; `failed` kernels are in no rule."""
 
     job: Job
@@ -57,20 +60,17 @@ class Notebook:
 
     def __init__(self, path: Path | None, circumstances: Mapping[str, Any]) -> None:
         self.path, self.circumstances = path, dict(circumstances)
-        self.notes: dict[str, dict[str, Any]] = {}
-        try:
+        self.notes: dict[str, Any] = {}
+        # Where there are none, or damaged ones, it's as if nothing had been timed.
+        with suppress(OSError, ValueError, TypeError, LookupError, RecursionError):
             kept = json.loads(path.read_text()) if path is not None else {}
-            if kept.get("circumstances") == self.circumstances:
-                self.notes = kept["notes"]
-        except (OSError, ValueError, KeyError, AttributeError):  # none, or damaged: as if nothing had been timed
-            pass
+            if kept["circumstances"] == self.circumstances:
+                self.notes = dict(kept["notes"])
 
     def read(self, family: Family, size: Size, kernels: Sequence[str]) -> Timed | None:
         """What was timed of just these kernels."""
-        note = self.notes.get(_name(family, size))
-        if note is None or {*note["rounds"], *note["failed"]} != set(kernels):
-            return None
-        return Timed(note["rounds"], note["failed"])
+        timed = _sound(self.notes.get(_name(family, size)))
+        return timed if timed is not None and {*timed.rounds, *timed.failed} == set(kernels) else None
 
     def write(self, family: Family, size: Size, timed: Timed) -> None:
         """Whole or not at all. Raises OSError."""
@@ -87,7 +87,19 @@ class Notebook:
             self.path.unlink(missing_ok=True)
 
 
-def run(jobs: Sequence[Job], timer: Timer, notebook: Notebook, show: Show) -> list[Outcome]:
+def _sound(note: Any) -> Timed | None:
+    """A note as `write` makes it; None for anything else."""
+    try:
+        times = [time for rounds in note["rounds"].values() for time in rounds]
+        lengths = {len(rounds) for rounds in note["rounds"].values()}
+        positive = all(type(time) in (int, float) and 0 < time < math.inf for time in times)
+        worded = all(isinstance(why, str) for why in note["failed"].values())
+    except (TypeError, LookupError, AttributeError):
+        return None
+    return Timed(note["rounds"], note["failed"]) if positive and worded and lengths in (set(), {ROUNDS}) else None
+
+
+def run(jobs: Sequence[Job], timer: Timer, notebook: Notebook, show: Show) -> list[Tuned]:
     """Time and decide. Raises RuntimeError for a kernel of today's rule that doesn't compute what it should."""
     total, done = sum(len(job.sizes) for job in jobs), 0
     outcomes = []
@@ -108,7 +120,7 @@ def run(jobs: Sequence[Job], timer: Timer, notebook: Notebook, show: Show) -> li
         for kernel in failed:  # what is wrong once is in no rule
             for rounds in times.values():
                 rounds.pop(kernel, None)
-        outcomes.append(Outcome(job, decide(job.rule, times), failed))
+        outcomes.append(Tuned(job, decide(job.rule, times), failed))
     show("done", total, total)
     return outcomes
 
@@ -123,7 +135,7 @@ def expect_sound(job: Job, failed: Mapping[str, str]) -> None:
             )
 
 
-def write(path: Path, card: str, measured: str, outcomes: Sequence[Outcome]) -> None:
+def write(path: Path, card: str, measured: str, outcomes: Sequence[Tuned]) -> None:
     """The card's file, whole or not at all. Raises OSError."""
     contents: dict[str, Any] = {"for": card, "measured": measured}
     for outcome in outcomes:

@@ -38,7 +38,7 @@ def check(rule: Rule, name: str) -> None:
     kernels = [config.name for config in library.configurations()]
     for bound in rule:
         if bound.kernel not in kernels:
-            raise ValueError(f"{name}: {bound.kernel} is no kernel of {library.LIBRARY.name}: {', '.join(kernels)}")
+            raise ValueError(f"{name}: {bound.kernel!r} is no kernel of {library.LIBRARY.name}: {', '.join(kernels)}")
 
 
 def set_rule(device: int, rule: Rule) -> None:
