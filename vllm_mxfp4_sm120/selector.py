@@ -4,13 +4,16 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import lru_cache
 from typing import Any
 
 from vllm_mxfp4_sm120 import proof, settings
 from vllm_mxfp4_sm120.backends import registry
 from vllm_mxfp4_sm120.backends.base import Backend
+from vllm_mxfp4_sm120.backends.native import Native
+from vllm_mxfp4_sm120.fp4 import plan
+from vllm_mxfp4_sm120.fp4.plan import Plan
 from vllm_mxfp4_sm120.moe import MoEShape, MoEWeights
 from vllm_mxfp4_sm120.platform import Machine
 
@@ -19,7 +22,7 @@ from vllm_mxfp4_sm120.platform import Machine
 class Request:
     """What the user asked for. `backend` "auto" takes the first that works; any other must work or is an error.
 
-    `asked_by` names the setting that said so.
+    `asked_by` names the setting that said so, `activation_by` the one of `activation` (`settings.ACTIVATION`).
     """
 
     backend: str = "auto"
@@ -27,6 +30,13 @@ class Request:
     prefer_triton: bool = False
     disable_triton: bool = False
     proof: bool = True
+    activation: str = plan.BF16
+    activation_by: str = settings.ACTIVATION.name
+
+    @property
+    def asks_for_terms(self) -> bool:
+        """Does the user want FP4 terms, whatever the card says?"""
+        return self.activation not in (plan.BF16, plan.OFF)
 
     @classmethod
     def from_user(cls, moe_backend: str | None = None, additional_config: object = None) -> Request:
@@ -42,6 +52,8 @@ class Request:
             prefer_triton=settings.USE_TRITON.for_engine(options),
             disable_triton=settings.DISABLE_TRITON_MOE.for_engine(options),
             proof=settings.PROOF.for_engine(options),
+            activation=settings.ACTIVATION.for_engine(options),
+            activation_by=settings.ACTIVATION.said_by(options),
         )
         wish = asked_by if backend == "triton" else settings.USE_TRITON.said_by(options)
         if request.disable_triton and (request.prefer_triton or backend == "triton"):
@@ -49,6 +61,9 @@ class Request:
             raise ValueError(f"{wish} asks for triton and {forbids} forbids it; keep one of them")
         if request.prefer_triton and backend not in ("auto", "triton"):
             raise ValueError(f"{wish} asks for triton and {asked_by} for {backend}; keep one of them")
+        if request.asks_for_terms and backend not in ("auto", Native.name):
+            asked = f"{request.activation_by} asks for {request.activation}"
+            raise ValueError(f"{asked}, which only {Native.name} has, and {asked_by} for {backend}; keep one of them")
         return request
 
 
@@ -82,12 +97,28 @@ class Candidate:
 
 @dataclass(frozen=True)
 class Choice:
-    """The backend that answers, who wanted it, and the candidates that were passed over, in order."""
+    """The backend that answers, who wanted it, and the candidates that were passed over, in order.
+
+    `activations` says what the native backend multiplies at how many tokens.
+    """
 
     backend: type[Backend]
     asked_by: str
     machine: Machine
     rejected: tuple[Candidate, ...] = ()
+    activations: Plan = field(default_factory=Plan)
+
+    def layer(self, shape: MoEShape) -> Backend:
+        """The backend of one layer."""
+        layer = self.backend(shape)
+        if isinstance(layer, Native):
+            layer.fp4_kernels = self.activations.kernels
+        return layer
+
+    @property
+    def tells_activations(self) -> bool:
+        """Is it worth a line what is multiplied: where there are FP4 tensor cores, or kernels that do without?"""
+        return self.backend is Native and (self.machine.family == 120 or bool(self.activations.spans))
 
     def __str__(self) -> str:
         by = "" if self.asked_by == "default" else f", asked for by {self.asked_by}"
@@ -123,14 +154,15 @@ def this_machine() -> Machine:
 def select(machine: Machine, shape: MoEShape, request: Request = Request(), behind: str | None = None) -> Choice:
     """The backend for layers of `shape` on `machine`, decided once per process.
 
-    With `behind`, of the candidates behind that one. Raises NoBackend, a ValueError.
+    With `behind`, of the candidates behind that one. Raises NoBackend, a ValueError, and as `activations_of`.
     """
     names = order(machine, request)
     looked_at: list[Candidate] = []
     for name in names[names.index(behind) + 1 :] if behind else names:
         candidate = look_at(name, machine, shape, request)
         if candidate.reason is None:
-            return Choice(registry.load(name), request.asked_by, machine, tuple(looked_at))
+            rejected, activations = tuple(looked_at), activations_of(name, machine, shape, request)
+            return Choice(registry.load(name), request.asked_by, machine, rejected, activations)
         looked_at.append(candidate)
     raise NoBackend(machine, request, tuple(looked_at))
 
@@ -179,6 +211,17 @@ def look_at(name: str, machine: Machine, shape: MoEShape, request: Request = Req
     if reason is not None or not request.proof:
         return Candidate(name, reason)
     return Candidate(name, proof.why_not(backend, machine, shape), tried=True)
+
+
+def activations_of(name: str, machine: Machine, shape: MoEShape, request: Request) -> Plan:
+    """Where FP4 terms are multiplied. Raises ValueError where the user asks for terms that can't be had."""
+    if name == Native.name:
+        made = plan.make(machine, shape, request.activation, request.proof)
+    else:
+        made = Plan(f"{name} answers, and only {Native.name} has FP4 kernels")
+    if request.asks_for_terms and made.reason is not None:
+        raise ValueError(f"{request.activation_by} asks for {request.activation}, which can't be had: {made.reason}")
+    return made
 
 
 def _moe_backend(name: str | None) -> str:

@@ -139,6 +139,14 @@ DENSE = Setting(
     "the embedding, in 8 bits, too",
     in_json=True,
 )
+ACTIVATION = Setting(
+    "MXFP4_SM120_ACTIVATION",
+    _one_of("bf16", "mxfp4x2", "mxfp4x3", "off"),
+    "bf16",
+    "what the native backend multiplies where FP4 tensor cores are faster; bf16: BF16, or four FP4 terms, which are no "
+    "less exact; mxfp4x2, mxfp4x3: two or three terms, which are; off: BF16 everywhere",
+    in_json=True,
+)
 MOE_STREAMS = Setting(
     "MXFP4_SM120_MOE_STREAMS", _integer(1, 32), 1, "CUDA streams over which the tiled backend spreads a layer's experts"
 )

@@ -6,12 +6,17 @@ kernels/build.sh -- -DMXFP4_SM120_FP4_TWIN=ON
 
 from __future__ import annotations
 
+import math
+from dataclasses import asdict
+
 import pytest
 import torch
 from torch import Tensor
 
 from tests.support.layers import random_weights
+from vllm_mxfp4_sm120 import proof, selector
 from vllm_mxfp4_sm120.backends.native import Native, fp4, library
+from vllm_mxfp4_sm120.fp4 import plan, trial
 from vllm_mxfp4_sm120.moe import MoEShape, reference, topk_softmax
 from vllm_mxfp4_sm120.platform import Machine
 
@@ -42,6 +47,13 @@ def problem(shape: MoEShape, tokens: int, seed: int = 0) -> tuple[dict[str, Tens
     return prepared, x.cuda(), ids.int().contiguous().cuda(), gates.contiguous().cuda()
 
 
+def forced(shape: MoEShape, config: int, first: int = 0) -> Native:
+    """The backend with this kernel from so many tokens on."""
+    layer = Native(shape)
+    layer.fp4_kernels = ((first - 1, None), (math.inf, config))
+    return layer
+
+
 @pytest.mark.parametrize("config", CONFIGS)
 @pytest.mark.parametrize(
     ("shape", "tokens"),
@@ -56,7 +68,7 @@ def problem(shape: MoEShape, tokens: int, seed: int = 0) -> tuple[dict[str, Tens
 )
 def test_right(config: int, shape: MoEShape, tokens: int):
     prepared, x, ids, gates = problem(shape, tokens)
-    out = fp4.forward(shape, prepared, x, ids, gates, config)
+    out = forced(shape, config).forward(prepared, x, ids, gates)
     right = reference(random_weights(shape, "cuda"), x, ids.long(), gates, shape.activation)
     error = float((out.double() - right).norm() / right.norm())
     assert error <= TOLERANCE[fp4.configurations()[config].terms], error
@@ -65,18 +77,20 @@ def test_right(config: int, shape: MoEShape, tokens: int):
 @pytest.mark.parametrize("config", CONFIGS)
 def test_the_same_bits_a_thousand_times(config: int):
     prepared, x, ids, gates = problem(GPT_OSS, 600)
-    first = fp4.forward(GPT_OSS, prepared, x, ids, gates, config)
-    different = sum(not torch.equal(fp4.forward(GPT_OSS, prepared, x, ids, gates, config), first) for _ in range(1000))
+    first = forced(GPT_OSS, config).forward(prepared, x, ids, gates)
+    different = sum(
+        not torch.equal(forced(GPT_OSS, config).forward(prepared, x, ids, gates), first) for _ in range(1000)
+    )
     assert different == 0
 
 
 @pytest.mark.parametrize("config", CONFIGS)
 def test_in_a_cuda_graph(config: int):
     prepared, x, ids, gates = problem(GPT_OSS, 200)
-    expected = fp4.forward(GPT_OSS, prepared, x, ids, gates, config)
+    expected = forced(GPT_OSS, config).forward(prepared, x, ids, gates)
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
-        out = fp4.forward(GPT_OSS, prepared, x, ids, gates, config)
+        out = forced(GPT_OSS, config).forward(prepared, x, ids, gates)
     for _ in range(3):
         out.zero_()
         graph.replay()
@@ -85,9 +99,53 @@ def test_in_a_cuda_graph(config: int):
 
 def test_compiled_and_checked_by_torch():
     shape = MoEShape(4, 4, 96, 96, 2)
+    layer = forced(shape, 4)
     prepared, x, ids, gates = problem(shape, 40)
-    compiled = torch.compile(lambda *given: fp4.forward(shape, prepared, *given, 4), fullgraph=True)
-    assert torch.equal(compiled(x, ids, gates), fp4.forward(shape, prepared, x, ids, gates, 4))
+    compiled = torch.compile(lambda *given: layer.forward(prepared, *given), fullgraph=True)
+    assert torch.equal(compiled(x, ids, gates), layer.forward(prepared, x, ids, gates))
     biases = prepared["w13_bias"], prepared["w2_bias"]
     arguments = (x, prepared["w13"], prepared["w2"], *biases, None, ids, gates, None, 4, 2, True, 4)
     torch.library.opcheck(torch.ops.mxfp4_sm120.fp4_moe_layer.default, arguments)
+
+
+def captured(
+    layer: Native, prepared: dict[str, Tensor], x: Tensor, logits: Tensor
+) -> tuple[torch.cuda.CUDAGraph, Tensor]:
+    layer.forward_logits(prepared, x, logits)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        out = layer.forward_logits(prepared, x, logits)
+    return graph, out
+
+
+def test_a_plan_in_cuda_graphs():
+    """A graph for each number of tokens holds the kernel that the plan says: below 256 BF16's, then four terms."""
+    four = plan.Plan(None, 4, ((255, plan.BF16), (math.inf, "terms4_tokens128")))
+    layer = selector.Choice(Native, "default", Machine.here(), activations=four).layer(GPT_OSS)
+    number = [config.name for config in fp4.configurations()].index("terms4_tokens128")
+    prepared = Native(GPT_OSS).prepare(random_weights(GPT_OSS, "cuda").clone())
+    for tokens, other in ((255, forced(GPT_OSS, number)), (256, Native(GPT_OSS)), (700, Native(GPT_OSS))):
+        x = torch.randn(tokens, GPT_OSS.hidden_size, device="cuda").bfloat16()
+        logits = torch.randn(tokens, GPT_OSS.num_experts, device="cuda").bfloat16()
+        graph, out = captured(layer, prepared, x, logits)
+        x.copy_(torch.randn_like(x))
+        graph.replay()
+        same = Native(GPT_OSS) if tokens < 256 else forced(GPT_OSS, number)
+        assert torch.equal(out, same.forward_logits(prepared, x, logits))
+        assert not torch.equal(out, other.forward_logits(prepared, x, logits))
+
+
+@pytest.mark.parametrize("shape", [GPT_OSS, MoEShape(32, 8, 2880, 2880, 4)], ids=["whole", "a rank's experts"])
+def test_the_trial_in_a_process_of_its_own(shape: MoEShape):
+    """Every kernel of two terms and more is right by the proof's own problem, and timed, whichever is faster."""
+    problem = proof.problem_shape(Machine.here(), shape)
+    answer = proof.run_in_child(
+        plan.TRIAL, {"layer": asdict(shape), "problem": asdict(problem), "device": "cuda:0"}, seconds=300
+    )
+    assert answer.reason is None, answer
+    found = plan.Trial.from_json(answer.found)
+    names = {plan.BF16, *(config.name for config in fp4.configurations() if config.terms > 1)}
+    assert found.wrong == {} and found.errors.keys() == names
+    assert [timed.tokens for timed in found.times] == list(trial.TIMED)
+    assert all(timed.by_kernel.keys() == names for timed in found.times)
+    print(answer.found)

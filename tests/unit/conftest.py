@@ -15,5 +15,5 @@ def home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A user of whom nothing is known yet: no rule of his own for a card, nothing cached."""
     monkeypatch.setenv("XDG_CONFIG_HOME", str(tmp_path / "config"))
     monkeypatch.setenv("MXFP4_SM120_CACHE_DIR", str(tmp_path / "cache"))
-    tuning._warn.cache_clear()
+    tuning.warn.cache_clear()
     return tmp_path

@@ -5,6 +5,7 @@ from types import SimpleNamespace
 
 from vllm_mxfp4_sm120 import config_path, proof, selector
 from vllm_mxfp4_sm120.backends import flashinfer_trtllm, triton, tuning
+from vllm_mxfp4_sm120.backends.native import fp4
 from vllm_mxfp4_sm120.backends.native import library as native_library
 from vllm_mxfp4_sm120.moe import MoEShape
 from vllm_mxfp4_sm120.platform import Machine, parse_cuda
@@ -55,6 +56,7 @@ def install(monkeypatch, flashinfer=None, has_triton=True, library=EVERY_CARD, f
     monkeypatch.setattr(native_library, "LIBRARY", SimpleNamespace(name="_native.so", exists=lambda: bool(library)))
     monkeypatch.setattr(native_library, "cached", lambda capability: None)
     monkeypatch.setattr(native_library, "load", lambda: library)
+    monkeypatch.setattr(fp4, "architectures", lambda: "")
     rule = tuning.read(config_path("tuning", "default.json"))
     table = [native_library.Configuration(bound.kernel, 8192, 7168, 2**31 - 1, 128, 1024) for bound in rule]
     monkeypatch.setattr(native_library, "configurations", lambda: table)

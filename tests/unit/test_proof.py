@@ -145,7 +145,8 @@ def test_plain_torch_is_proved_in_place(monkeypatch, cache):
     ],
 )
 def test_the_problem_suits_every_shape(shape):
-    assert proof.solve(Tiled, shape, "cpu") == proof.Proof(None)
+    answer = proof.solve(Tiled, shape, "cpu")
+    assert answer.reason is None and 0 < answer.found["error"] <= Tiled.tolerance
     reason = proof.solve(faulty.NotANumber, shape, "cpu").reason
     assert reason == "wrong numbers: relative error nan at 1 tokens, routed, expected at most 0.01"
 

@@ -143,6 +143,11 @@ CONTRADICTIONS = [  # variables, --additional-config, --moe-backend -> the one l
      "--moe-backend asks for triton and MXFP4_SM120_DISABLE_TRITON_MOE forbids it; keep one of them"),
     ({"USE_TRITON": "1", "BACKEND": "native"}, {}, None,
      "MXFP4_SM120_USE_TRITON asks for triton and MXFP4_SM120_BACKEND for native; keep one of them"),
+    ({"ACTIVATION": "off"}, {"activation": "mxfp4x2"}, None,
+     "--additional-config mxfp4_sm120 activation is mxfp4x2 and MXFP4_SM120_ACTIVATION=off says otherwise; keep one of "
+     "them"),
+    ({"ACTIVATION": "mxfp4x3"}, {}, "triton",
+     "MXFP4_SM120_ACTIVATION asks for mxfp4x3, which only native has, and --moe-backend for triton; keep one of them"),
 ]  # fmt: skip
 
 
@@ -168,7 +173,7 @@ def test_an_engines_own_settings_hold_for_it_alone(monkeypatch):
     assert selector.Request.from_user(None, options) == selector.Request(prefer_triton=True, proof=False)
     assert selector.Request.from_user() == selector.Request()
     assert [setting.key for setting in settings.TABLE if setting.in_json] == [
-        "backend", "use_triton", "disable_triton_moe", "dense", "proof"
+        "backend", "use_triton", "disable_triton_moe", "dense", "activation", "proof"
     ]  # fmt: skip
 
 
@@ -177,7 +182,7 @@ JSON = st.recursive(
     lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=5), inner, max_size=3),
     max_leaves=5,
 )
-OPTION = st.sampled_from(["backend", "use_triton", "disable_triton_moe", "dense", "proof", "x"])
+OPTION = st.sampled_from(["backend", "use_triton", "disable_triton_moe", "dense", "activation", "proof", "x"])
 
 
 @hypothesis_settings(max_examples=300)

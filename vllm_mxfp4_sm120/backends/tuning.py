@@ -30,12 +30,13 @@ class Family(StrEnum):
     """Whose kernels a rule is about, by the key of their version in a file."""
 
     NATIVE = "library"
+    FP4 = "fp4"  # the library's too, beside its BF16 kernels together
     TRITON = "triton"
 
     @property
     def key(self) -> str:
         """Of the rule in a file."""
-        return "rule" if self is Family.NATIVE else "triton_rule"
+        return "rule" if self is Family.NATIVE else f"{self.value}_rule"
 
 
 @dataclass(frozen=True)
@@ -97,34 +98,43 @@ def find(card: str, family: Family, version: str, check: Callable[[Rule, str], N
     `check(rule, file's name)` raises ValueError for a kernel that doesn't exist. Raises ValueError for a shipped file
     that is damaged; a user's is ignored, as one of another card is.
     """
-    path, ignored = user_path(card), None
-    try:
-        if path is not None and path.is_file():
-            contents = _contents(path)
-            its_card, its_version = contents.get("for", card), contents.get(family)
-            if family.key not in contents:
-                pass  # it says nothing of these kernels
-            elif its_card != card:
-                ignored = f"{path} was tuned on another card ({_short(its_card)}, this is {card}): {REMEDY}"
-            elif its_version != version:
-                versions = f"{_short(its_version)}, this is {version}"
-                ignored = f"{path} was tuned for another version of {family} ({versions}): {REMEDY}"
-            else:
-                rule = _rule(contents, family, path)
-                check(rule, path.name)
-                return Found(path, rule)
-    except (OSError, ValueError) as error:
-        ignored = f"{path} can't be used: {_short(error)}: {REMEDY}"
+    own, ignored = find_own(card, family, version, check)
+    if own is not None:
+        return own
     shipped = shipped_path(card)
     rule = read(shipped, family)
     check(rule, shipped.name)
     return Found(shipped, rule, ignored)
 
 
+def find_own(
+    card: str, family: Family, version: str, check: Callable[[Rule, str], None]
+) -> tuple[Found | None, str | None]:
+    """The user's rule for a card, and why it isn't used if there is one; as `find` takes them."""
+    path = user_path(card)
+    try:
+        if path is None or not path.is_file():
+            return None, None
+        contents = _contents(path)
+        its_card, its_version = contents.get("for", card), contents.get(family)
+        if family.key not in contents:
+            return None, None  # it says nothing of these kernels
+        if its_card != card:
+            return None, f"{path} was tuned on another card ({_short(its_card)}, this is {card}): {REMEDY}"
+        if its_version != version:
+            versions = f"{_short(its_version)}, this is {version}"
+            return None, f"{path} was tuned for another version of {family} ({versions}): {REMEDY}"
+        rule = _rule(contents, family, path)
+        check(rule, path.name)
+        return Found(path, rule), None
+    except (OSError, ValueError) as error:
+        return None, f"{path} can't be used: {_short(error)}: {REMEDY}"
+
+
 def say(found: Found) -> Rule:
     """The rule of what was found; that a user's file is ignored is said once in a process."""
     if found.ignored is not None:
-        _warn(found.ignored)
+        warn(found.ignored)
     return found.rule
 
 
@@ -176,5 +186,6 @@ def _rule(contents: dict[str, Any], family: Family, path: Path) -> Rule:
 
 
 @cache
-def _warn(why: str) -> None:
+def warn(why: str) -> None:
+    """Once in a process."""
     logger.warning("mxfp4_sm120: %s", why)

@@ -18,6 +18,7 @@ from torch import Tensor
 WARM_UPS = 3  # replays that don't count: caches and clocks settle
 # Of short calls a graph makes as many as gpt-oss-20b has layers: its own launch takes some 4 microseconds.
 GRAPH_CALLS = 24
+ROTATED = 3  # times the L2 cache: so many bytes of weights are walked over, so that it never holds the next call's
 Call = Callable[[], object]
 
 
@@ -95,6 +96,21 @@ def interleaved(calls: Mapping[str, Call], device: torch.device, repeats: int) -
 def medians(calls: Mapping[str, Call], device: torch.device, repeats: int) -> dict[str, float]:
     """The median microseconds of each call."""
     return {name: statistics.median(times) for name, times in interleaved(calls, device, repeats).items()}
+
+
+def per_call(
+    calls: Mapping[str, Sequence[Callable[[], Tensor]]], device: torch.device, repeats: int, again: int = 1
+) -> dict[str, float]:
+    """Microseconds of one call of each, where all walk over their layers' calls, on a GPU in CUDA graphs: medians."""
+    walks = {name: walk_over(layers, again, capture=device.type == "cuda") for name, layers in calls.items()}
+    times = medians({name: walk.run for name, walk in walks.items()}, device, repeats)
+    return {name: time / walks[name].calls for name, time in times.items()}
+
+
+def copies_beyond_cache(layer_bytes: int, device: torch.device) -> int:
+    """How many copies of a layer's weights to walk over."""
+    cache = torch.cuda.get_device_properties(device).L2_cache_size if device.type == "cuda" else 1
+    return -(-ROTATED * cache // layer_bytes)
 
 
 def _on_gpu(call: Call) -> float:

@@ -19,7 +19,6 @@ from vllm_mxfp4_sm120.dense.int8 import BLOCK
 from vllm_mxfp4_sm120.dense.linear import TORCHS_OWN, LinearShape, serve
 from vllm_mxfp4_sm120.platform import Machine
 
-MARGIN = 0.98  # of torch's time, at most: what two measurements of the same may differ by
 TRIAL = "vllm_mxfp4_sm120.dense.trial:solve"  # imported in the proof's process only
 
 
@@ -44,7 +43,7 @@ class Plan:
         """The kernel that answers, None where it is torch's linear; between two measured sizes as at the larger."""
         for timing in self.timings.get(shape, ()):
             if timing.tokens >= tokens:
-                return timing.name if timing.ours <= MARGIN * timing.torchs else None
+                return timing.name if timing.ours <= proof.MARGIN * timing.torchs else None
         return None
 
     def serve(self) -> None:
@@ -112,13 +111,7 @@ def make(layers: Mapping[str, LinearShape], machine: Machine, prove: bool = True
         return Plan(reason)
     if not prove:
         return Plan(f"without a proof nothing is timed ({settings.PROOF.name})")
-    arguments = {"shapes": [list(astuple(shape)) for shape in taken], "device": str(proof.device(machine))}
-    seconds = settings.PROOF_SECONDS.get()
-    answer = proof.once(
-        proof.path_for("dense", machine, arguments["shapes"]),
-        lambda: proof.run_in_child(TRIAL, arguments, seconds),
-        seconds,
-    )
+    answer = proof.ask("dense", TRIAL, machine, {"shapes": [list(astuple(shape)) for shape in taken]})
     if answer.reason is not None:
         return Plan(answer.reason)
     try:

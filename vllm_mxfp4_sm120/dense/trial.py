@@ -28,7 +28,6 @@ TIMED = (1, 2, 4, *range(8, 257, 8))
 # for a weight after its scale: 2.4e-3 in all, and some more where few values make the average.
 TOLERANCE = 4e-3
 LARGEST_OUTPUT = 1 << 24  # rows times columns of weights that are in float64 at once
-ROTATED = 3  # times the L2 cache: so many bytes of weights are walked over, so that it never holds the next call's
 REPLAYS = 7
 LARGE = 1 << 28  # bytes of weights, of which one call in a graph is long enough
 TORCHS = "torch"  # its name among the kernels'
@@ -59,8 +58,7 @@ class Problem:
     def copies(self) -> list[Problem]:
         """Enough of them to walk over."""
         device = self.weight.device
-        cache = torch.cuda.get_device_properties(device).L2_cache_size if device.type == "cuda" else 1
-        more = -(-ROTATED * cache // self.weight.nbytes) - 1
+        more = timing.copies_beyond_cache(self.weight.nbytes, device) - 1
         scales = self.scale.clone() if self.scale is not None else None
         return [
             self,
@@ -161,9 +159,5 @@ def microseconds(
 ) -> dict[str, float]:
     """Of one call each, in CUDA graphs that walk over the copies, as it is served: medians, all of them in turn."""
     again = max(1, timing.GRAPH_CALLS // len(copies)) if copies[0].weight.nbytes < LARGE else 1
-    walks = {
-        name: timing.walk_over([partial(call, copy) for copy in copies], again, capture=device.type == "cuda")
-        for name, call in calls.items()
-    }
-    times = timing.medians({name: walk.run for name, walk in walks.items()}, device, REPLAYS)
-    return {name: time / walks[name].calls for name, time in times.items()}
+    layers = {name: [partial(call, copy) for copy in copies] for name, call in calls.items()}
+    return timing.per_call(layers, device, REPLAYS, again)

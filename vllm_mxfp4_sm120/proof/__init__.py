@@ -11,6 +11,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 from vllm_mxfp4_sm120 import settings
 from vllm_mxfp4_sm120.backends.base import Backend
@@ -33,8 +34,10 @@ from vllm_mxfp4_sm120.proof.record import forget, path_for, recall, record_path,
 
 __all__ = [
     "EXPERTS",
+    "MARGIN",
     "TOKENS",
     "Proof",
+    "ask",
     "cache_dir",
     "device",
     "forget",
@@ -55,6 +58,11 @@ __all__ = [
 ]
 
 
+# A kernel answers in place of another where it took at most so much of its time in the proof's process: less than what
+# two measurements of the same may differ by is no gain.
+MARGIN = 0.98
+
+
 def why_not(backend: type[Backend], machine: Machine, shape: MoEShape) -> str | None:
     """One line saying how the backend failed on a small problem like `shape`, on this device; None if it's right.
 
@@ -68,6 +76,16 @@ def why_not(backend: type[Backend], machine: Machine, shape: MoEShape) -> str | 
         lambda: solve_in_child(backend, problem_shape(machine, shape), device(machine), seconds),
         seconds,
     ).reason
+
+
+def ask(name: str, solver: str, machine: Machine, arguments: dict[str, Any]) -> Proof:
+    """What a function, "module:name", finds on this device in a process of its own, or found there before.
+
+    It is called with `arguments`, which JSON can hold, and with the device's name as `device`. `name` is the record's.
+    """
+    seconds = settings.PROOF_SECONDS.get()
+    task = {**arguments, "device": str(device(machine))}
+    return once(path_for(name, machine, arguments), lambda: run_in_child(solver, task, seconds), seconds)
 
 
 def once(record: Path | None, solve: Callable[[], Proof], seconds: float) -> Proof:

@@ -106,8 +106,10 @@ class Mxfp4Sm120MoEMethod(FusedMoEMethodBase):
         self.stage(layer, torch.get_default_device())
 
     def choose(self, choice: selector.Choice) -> None:
-        logger.info_once("mxfp4_sm120: %s", choice)
-        self.choice, self.backend = choice, choice.backend(self.shape)
+        logger.info_once("mxfp4_sm120: %s", str(choice))
+        if choice.tells_activations:
+            logger.info_once("mxfp4_sm120: activations of the experts: %s", str(choice.activations))
+        self.choice, self.backend = choice, choice.layer(self.shape)
         never_capture_unless(self.backend, self.compilation_config)
 
     def stage(self, layer: RoutedExperts, device: torch.device) -> None:

@@ -22,6 +22,9 @@ class Native(Backend):
     scale_range = (MIN_SCALE, MAX_SCALE)
     # Of the library's table; -1 takes what the device's rule says. `mxfp4-sm120 tune` times each.
     configuration = -1
+    # (up to so many tokens, number of an FP4 kernel), ascending; None, and all beyond the last, is BF16 kernels'.
+    # `vllm_mxfp4_sm120.fp4` decides.
+    fp4_kernels: tuple[tuple[float, int | None], ...] = ()
 
     @classmethod
     def why_not(cls, machine: Machine, shape: MoEShape) -> str | None:
@@ -87,7 +90,10 @@ class Native(Backend):
         topk_weights: Tensor | None,
         expert_map: Tensor | None,
     ) -> Tensor:
-        out: Tensor = torch.ops.mxfp4_sm120.moe_layer(
+        op, config = torch.ops.mxfp4_sm120.moe_layer, self.configuration
+        if (kernel := self.fp4_kernel(x.shape[0])) is not None:
+            op, config = torch.ops.mxfp4_sm120.fp4_moe_layer, kernel
+        out: Tensor = op(
             x.contiguous(),
             prepared["w13"],
             prepared["w2"],
@@ -100,9 +106,16 @@ class Native(Backend):
             self.shape.num_experts,
             self.shape.top_k,
             self.shape.activation is Activation.SWIGLU_OAI,
-            self.configuration,
+            config,
         )
         return out
+
+    def fp4_kernel(self, tokens: int) -> int | None:
+        """Which FP4 kernel computes so many tokens, None where a BF16 kernel does."""
+        for most, kernel in self.fp4_kernels:
+            if tokens <= most:
+                return kernel
+        return None
 
 
 def _narrowed(ids: Tensor) -> Tensor:

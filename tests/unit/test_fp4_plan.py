@@ -1,0 +1,320 @@
+# SPDX-License-Identifier: Apache-2.0
+"""When activations become FP4 terms: what the proof's process finds, what is remembered, what the layer then calls."""
+
+from __future__ import annotations
+
+import json
+import math
+from dataclasses import asdict
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+from machines import GPT_OSS, install, machine
+
+from vllm_mxfp4_sm120 import proof, selector, settings
+from vllm_mxfp4_sm120.backends import tuning
+from vllm_mxfp4_sm120.backends.native import Native, fp4, library
+from vllm_mxfp4_sm120.backends.tiled import Tiled
+from vllm_mxfp4_sm120.fp4 import plan, trial
+from vllm_mxfp4_sm120.fp4.plan import BF16
+from vllm_mxfp4_sm120.moe import MoEShape
+
+TABLE = tuple(
+    fp4.Configuration(f"terms{terms}_tokens{tokens}", terms, tokens, 128, 1024)
+    for terms in (1, 2, 3, 4)
+    for tokens in (64, 128)
+)
+RTX_5090 = machine("RTX 5090")
+SMALL, LARGE = "terms4_tokens64", "terms4_tokens128"
+
+
+def found(bf16: dict[int, float], four: dict[int, tuple[float, float]], wrong: dict[str, str] | None = None) -> dict:
+    """What the child answers: microseconds by tokens of BF16, and of both kernels of four terms.
+
+    Those of three take a third less, those of two half.
+    """
+    times = []
+    for tokens, us in bf16.items():
+        by_kernel = {BF16: us}
+        for terms, part in ((4, 1.0), (3, 2 / 3), (2, 0.5)):
+            by_kernel |= {f"terms{terms}_tokens{64 * (i + 1)}": part * each for i, each in enumerate(four[tokens])}
+        times.append([tokens, by_kernel])
+    errors = {BF16: 2.6e-3, **{config.name: 1e-3 * 10 ** (4 - config.terms) for config in TABLE[2:]}}
+    return {"errors": errors, "wrong": wrong or {}, "times": times}
+
+
+# Small blocks of tokens win at 512, large ones beyond.
+FASTER = found({128: 100, 512: 200, 1024: 400, 8192: 3000}, {128: (120, 130), 512: (180, 190), 1024: (300, 200),
+                                                            8192: (2000, 1500)})  # fmt: skip
+CROSSED = ((511, BF16), (512, SMALL), (math.inf, LARGE))
+
+
+@pytest.fixture(autouse=True)
+def child(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> list:
+    """An RTX 5090 with a library that has FP4 kernels; what its proof's process answers, and then what it was asked."""
+    answers = [proof.Proof(None, found=FASTER)]
+    install(monkeypatch)
+    monkeypatch.setattr(fp4, "architectures", lambda: "120f-real")
+    monkeypatch.setattr(fp4, "configurations", lambda: TABLE)
+    monkeypatch.setattr(proof, "device", lambda machine: "cuda:0")
+    monkeypatch.setattr(proof, "run_in_child", lambda *task: answers.append(task) or answers[0])
+    monkeypatch.setenv("MXFP4_SM120_CACHE_DIR", str(tmp_path / "cache"))
+    monkeypatch.setenv("XDG_CONFIG_HOME", str(tmp_path / "config"))
+    for name in ("PROOF_SECONDS", "ACTIVATION", "PROOF", "BACKEND"):
+        monkeypatch.delenv(f"MXFP4_SM120_{name}", raising=False)
+    return answers
+
+
+def times(*four: float) -> dict:
+    """Of 256, 512, ... tokens, beside 100 us of BF16."""
+    sizes = [256 << i for i in range(len(four))]
+    return found(dict.fromkeys(sizes, 100.0), {size: (each, each) for size, each in zip(sizes, four, strict=True)})
+
+
+@pytest.mark.parametrize(
+    ("answer", "lines"),
+    [
+        (FASTER, CROSSED),
+        (times(99, 99, 50), ((1023, BF16), (math.inf, SMALL))),
+        (times(98, 98, 98), ((255, BF16), (math.inf, SMALL))),
+        (times(50, 101, 97), ((1023, BF16), (math.inf, SMALL))),
+        (times(50, 50, 99), ((math.inf, BF16),)),
+        (times(200, 200, 200), ((math.inf, BF16),)),
+    ],
+    ids=["two kernels", "margin", "everywhere", "with a gap", "not at the largest", "nowhere"],
+)
+def test_from_the_smallest_number_of_tokens_on_from_which_it_pays(child: list, answer: dict, lines: tuple) -> None:
+    child[0] = proof.Proof(None, found=answer)
+    made = plan.make(RTX_5090, GPT_OSS, "bf16")
+    assert made.reason is None and made.lines == lines
+    layer = Native(GPT_OSS)
+    layer.fp4_kernels = made.kernels
+    numbers = {config.name: number for number, config in enumerate(TABLE)}
+    for tokens in (1, 255, 256, 511, 512, 513, 1023, 1024, 8192, 20000):
+        name = next(kernel for most, kernel in lines if tokens <= most)
+        assert layer.fp4_kernel(tokens) == numbers.get(name)
+
+
+def test_in_words(child: list) -> None:
+    assert str(plan.make(RTX_5090, GPT_OSS, "bf16")) == "4 FP4 terms from 512 tokens on, else BF16"
+    assert str(plan.make(RTX_5090, GPT_OSS, "mxfp4x2")) == "2 FP4 terms from 128 tokens on, else BF16"
+    gap = plan.Plan(None, 4, ((63, BF16), (99, SMALL), (127, LARGE), (255, BF16), (math.inf, SMALL)))
+    assert str(gap) == "4 FP4 terms at 64 to 127 tokens and from 256 tokens on, else BF16"
+    assert str(plan.Plan(None, 4, ((math.inf, BF16),))) == "BF16 (4 FP4 terms weren't faster)"
+
+
+WRONG = "wrong numbers: relative error 0.3 at 7 tokens, routed, expected at most 0.01"
+DECISIONS = [  # activation, machine, what is different -> the kernel at 1024 tokens, or why none
+    ("bf16", "RTX 5090", {}, LARGE),
+    ("mxfp4x3", "RTX 5090", {}, "terms3_tokens128"),
+    ("mxfp4x2", "RTX 5090", {}, "terms2_tokens128"),
+    ("off", "RTX 5090", {}, "activation is off"),
+    ("bf16", "GB10", {}, LARGE),
+    ("bf16", "H100", {}, "the FP4 kernels are built for 120f-real, not for sm_90"),
+    ("bf16", "H100", {"built": "120f-real 90-real"}, LARGE),  # the twin
+    ("bf16", "RTX 5090", {"built": ""}, "the CUDA library has no FP4 kernels"),
+    ("bf16", "RTX 5090", {"prove": False}, "without a proof no FP4 kernel answers (MXFP4_SM120_PROOF)"),
+    ("bf16", "RTX 5090", {"wrong": {SMALL: WRONG}}, f"{SMALL}: {WRONG}"),
+    ("mxfp4x3", "RTX 5090", {"wrong": {SMALL: WRONG}}, "terms3_tokens128"),
+    ("bf16", "RTX 5090", {"wrong": {"terms2_tokens64": WRONG}}, LARGE),
+    ("mxfp4x2", "RTX 5090", {"wrong": {"terms2_tokens64": WRONG}}, f"terms2_tokens64: {WRONG}"),
+]
+
+
+@pytest.mark.parametrize(("activation", "card", "different", "answer"), DECISIONS)
+def test_decisions(
+    child: list, monkeypatch: pytest.MonkeyPatch, activation: str, card: str, different: dict, answer: str
+) -> None:
+    monkeypatch.setattr(fp4, "architectures", lambda: different.get("built", "120f-real"))
+    child[0] = proof.Proof(None, found=FASTER | {"wrong": different.get("wrong", {})})
+    made = plan.make(machine(card), GPT_OSS, activation, different.get("prove", True))
+    if made.reason is not None:
+        assert made.reason.startswith(answer) and made.kernels == ()
+        assert len(child) == (2 if different.get("wrong") else 1), "nothing is tried where nothing could come of it"
+    else:
+        assert next(kernel for most, kernel in made.lines if most >= 1024) == answer
+
+
+@pytest.mark.parametrize(
+    ("answer", "reason"),
+    [
+        (proof.Proof("its process died (killed by SIGABRT): trap", final=False), "its process died"),
+        (proof.Proof("no answer within 300 s (MXFP4_SM120_PROOF_SECONDS)", final=False), "no answer within 300 s"),
+        *((proof.Proof(None, found=junk), "its record can't be read") for junk in (
+            None, {}, [], "x", FASTER | {"times": 3}, FASTER | {"times": [[64, {BF16: 1.0}]]}, FASTER | {"wrong": 3}
+        )),
+    ],
+)  # fmt: skip
+def test_what_goes_wrong_costs_nothing_else(child: list, answer: proof.Proof, reason: str) -> None:
+    child[0] = answer
+    choice = selector.select(RTX_5090, GPT_OSS)
+    assert choice.backend is Native and choice.layer(GPT_OSS).fp4_kernels == ()
+    assert choice.activations.reason.startswith(reason)
+    assert choice.tells_activations and str(choice.activations) == f"BF16 ({choice.activations.reason})"
+    with pytest.raises(ValueError) as error:
+        selector.select(RTX_5090, GPT_OSS, selector.Request(activation="mxfp4x2"))
+    assert str(error.value).startswith(f"MXFP4_SM120_ACTIVATION asks for mxfp4x2, which can't be had: {reason}")
+
+
+def test_the_card_is_asked_once(child: list) -> None:
+    """For every setting; then the record is read, by whoever starts next. Another shape is another question."""
+    first = plan.make(RTX_5090, GPT_OSS, "bf16")
+    assert first == plan.make(RTX_5090, GPT_OSS, "bf16") and first.trial.errors[BF16] == 2.6e-3
+    plan.make(RTX_5090, GPT_OSS, "mxfp4x2")
+    problem = asdict(proof.problem_shape(RTX_5090, GPT_OSS))
+    asked = {"layer": asdict(GPT_OSS), "problem": problem, "device": "cuda:0"}
+    assert child[1:] == [(f"{trial.__name__}:{trial.solve.__name__}", asked, 300)]
+    assert json.loads(json.dumps(asked)) == asked
+    plan.make(RTX_5090, MoEShape(32, 32, 2880, 1440, 4), "bf16")
+    assert len(child) == 3
+
+
+def write_rule(rule: list[dict], version: str | None = None) -> Path:
+    path = tuning.user_path("RTX 5090")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps({"fp4": version or library.version(), "fp4_rule": rule}))
+    return path
+
+
+def test_what_tune_has_measured_says_where() -> None:
+    """For four terms, in tokens of each shape; other versions' and bad ones are left out."""
+    write_rule([{"kernel": BF16, "tokens_per_expert": 40}, {"kernel": LARGE, "tokens": 8192}, {"kernel": BF16}])
+    assert plan.make(RTX_5090, GPT_OSS, "bf16").lines == ((320, BF16), (math.inf, LARGE))
+    assert plan.make(RTX_5090, MoEShape(128, 128, 2880, 2880, 4), "bf16").lines == ((1280, BF16), (math.inf, LARGE))
+    assert plan.make(RTX_5090, GPT_OSS, "mxfp4x3").lines[0] == (127, BF16)
+    write_rule([{"kernel": LARGE}], version="another")
+    assert plan.make(RTX_5090, GPT_OSS, "bf16").lines == CROSSED
+    for bad in ("terms1_tokens128", "terms3_tokens128", "decode"):
+        write_rule([{"kernel": bad}])
+        assert plan.make(RTX_5090, GPT_OSS, "bf16").lines == CROSSED
+
+
+def test_what_tune_has_measured_does_not_make_a_wrong_kernel_right(child: list) -> None:
+    write_rule([{"kernel": LARGE}])
+    child[0] = proof.Proof(None, found=FASTER | {"wrong": {LARGE: WRONG}})
+    assert plan.make(RTX_5090, GPT_OSS, "bf16").kernels == ()
+
+
+ASKED = "MXFP4_SM120_ACTIVATION asks for mxfp4x2, which can't be had: "
+
+
+@pytest.mark.parametrize(
+    ("card", "installed", "built", "reason"),
+    [
+        ("H100", {}, "120f-real", "the FP4 kernels are built for 120f-real, not for sm_90"),
+        (
+            "RTX 5090",
+            {},
+            "",
+            "the CUDA library has no FP4 kernels: they take nvcc 12.8 or newer, and a build for SM 12.x",
+        ),
+        ("cpu", {}, "120f-real", "tiled answers, and only native has FP4 kernels"),
+        ("RTX 5090", {"failing": {"native": "wrong"}}, "120f-real", "triton answers, and only native has FP4 kernels"),
+    ],
+)
+def test_terms_that_cannot_be_had_are_an_error(
+    monkeypatch: pytest.MonkeyPatch, card: str, installed: dict, built: str, reason: str
+) -> None:
+    install(monkeypatch, **installed)
+    monkeypatch.setattr(fp4, "architectures", lambda: built)
+    monkeypatch.setenv("MXFP4_SM120_ACTIVATION", "mxfp4x2")
+    with pytest.raises(ValueError) as error:
+        selector.select(machine(card), GPT_OSS, selector.Request.from_user())
+    assert str(error.value) == ASKED + reason
+    monkeypatch.setenv("MXFP4_SM120_ACTIVATION", "bf16")
+    choice = selector.select(machine(card), GPT_OSS, selector.Request.from_user())
+    assert choice.tells_activations == (choice.backend is Native and card == "RTX 5090")
+
+
+def test_the_layer_calls_what_was_chosen(monkeypatch: pytest.MonkeyPatch) -> None:
+    """By the shape of its input, on all its ways in; biases, routing and expert map go along."""
+    calls = []
+    ops = {
+        name: lambda *given, name=name: calls.append((name, given[-1], given[8])) or given[0]
+        for name in ("moe_layer", "fp4_moe_layer")
+    }
+    monkeypatch.setattr(torch.ops, "mxfp4_sm120", SimpleNamespace(**ops), raising=False)
+    layer = selector.select(RTX_5090, GPT_OSS).layer(GPT_OSS)
+    prepared = {"w13": torch.empty(0), "w2": torch.empty(0)}
+    expert_map = torch.arange(32)
+    for tokens in (0, 511, 512, 513, 9000):
+        x, logits = torch.empty(tokens, 32), torch.empty(tokens, 32)
+        layer.forward_logits(prepared, x, logits)
+        layer.forward(prepared, x, torch.zeros(tokens, 4, dtype=torch.int64), torch.empty(tokens, 4), expert_map)
+    numbers = [*([("moe_layer", -1)] * 4), *([("fp4_moe_layer", 6)] * 2), *([("fp4_moe_layer", 7)] * 4)]
+    assert [(name, config) for name, config, _ in calls] == numbers
+    assert [given is None for *_, given in calls] == [True, False] * 5
+    off = selector.select(RTX_5090, GPT_OSS, selector.Request(activation="off")).layer(GPT_OSS)
+    off.forward_logits(prepared, x, logits)
+    assert calls[-1][:2] == ("moe_layer", -1)
+
+
+class Off(Tiled):
+    """As BF16 kernels are, and by `error` wrong."""
+
+    error = 0.0
+
+    def forward(self, prepared, x, topk_ids, topk_weights, expert_map=None):
+        return super().forward(prepared, x, topk_ids, topk_weights, expert_map) * (1 + self.error)
+
+
+@pytest.fixture
+def kernels(monkeypatch: pytest.MonkeyPatch) -> dict[str, float]:
+    """By how much each kernel is off."""
+    errors = {config.name: 2 * 10.0**-config.terms for config in TABLE}
+
+    def with_kernel(number, tolerance):
+        off = 0.0 if number is None else errors[TABLE[number].name]
+        return type("Kernel", (Off,), {"tolerance": tolerance, "error": off})
+
+    monkeypatch.setattr(trial, "with_kernel", with_kernel)
+    monkeypatch.setattr(trial, "TIMED", (1, 8))
+    return errors
+
+
+SHAPE, HALF = MoEShape(4, 4, 64, 32, 2), MoEShape(4, 2, 64, 32, 2)
+
+
+@pytest.mark.parametrize("shape", [SHAPE, HALF], ids=["whole", "half of the experts"])
+def test_the_trial(kernels: dict, shape: MoEShape) -> None:
+    """Every kernel but those of one term solves the problem and is timed beside BF16's; JSON can hold what is found."""
+    answer = trial.solve(asdict(shape), asdict(shape), "cpu")
+    assert answer.reason is None and answer.found == json.loads(json.dumps(answer.found))
+    names = {BF16, *(config.name for config in TABLE if config.terms > 1)}
+    found = plan.Trial.from_json(answer.found)
+    assert found.errors.keys() == names and found.wrong == {}
+    assert [timed.tokens for timed in found.times] == [1, 8]
+    assert all(timed.by_kernel.keys() == names and min(timed.by_kernel.values()) > 0 for timed in found.times)
+
+
+def test_how_exact_kernels_must_be(kernels: dict) -> None:
+    """Four terms as BF16 kernels are: what answers for BF16 isn't less exact. A wrong one isn't timed."""
+    kernels |= {SMALL: 5e-3, LARGE: math.nan, "terms3_tokens64": 2e-2, "terms3_tokens128": 5e-3}
+    kernels |= {"terms2_tokens64": 5e-2, "terms2_tokens128": 4e-2, "terms1_tokens64": math.nan}
+    found = trial.solve(asdict(SHAPE), asdict(SHAPE), "cpu").found
+    expected = {
+        SMALL: "less exact than BF16: relative error 0.00",
+        LARGE: "wrong numbers: relative error nan at 1 tokens, routed, expected at most 0.01",
+        "terms3_tokens64": "wrong numbers: relative error 0.02",
+        "terms2_tokens64": "wrong numbers: relative error 0.05",
+    }
+    assert found["wrong"].keys() == expected.keys()
+    assert all(found["wrong"][name].startswith(reason) for name, reason in expected.items())
+    assert found["times"][0][1].keys() == {BF16, "terms3_tokens128", "terms2_tokens128"}
+
+
+def test_a_kernel_that_raises_and_bf16_kernels_that_are_wrong(kernels: dict, monkeypatch: pytest.MonkeyPatch) -> None:
+    kernels[SMALL] = "not a number"
+    answer = trial.solve(asdict(SHAPE), asdict(SHAPE), "cpu")
+    assert answer.reason.startswith(f"{SMALL}: TypeError: ") and not answer.final
+    monkeypatch.setattr(trial, "with_kernel", lambda number, tolerance: type("Kernel", (Off,), {"error": 0.5}))
+    answer = trial.solve(asdict(SHAPE), asdict(SHAPE), "cpu")
+    assert answer.reason.startswith("bf16: wrong numbers: relative error 0.5") and answer.final
+
+
+def test_every_setting_but_off_has_its_terms() -> None:
+    values = settings.ACTIVATION.kind.accepted.removeprefix("one of ").split(", ")
+    assert {*values} == {*plan.TERMS, plan.OFF} and min(plan.TERMS.values()) == 2
+    assert trial.TOLERANCE.keys() == {*plan.TERMS.values()}
