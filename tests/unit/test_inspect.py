@@ -119,6 +119,47 @@ def test_a_repository_from_the_cache_or_by_its_headers(model: Path, monkeypatch:
     assert survey(str(model)).headers.keys() == remote.headers.keys()
 
 
+def openais(folder: Path) -> None:
+    """`original/` of the published repositories."""
+    config = {"num_hidden_layers": 2, "num_experts": 3, "experts_per_token": 2, "hidden_size": 96, "vocab_size": 40}
+    (folder / "config.json").write_text(json.dumps(config))
+
+
+def without_shards(folder: Path) -> None:
+    names = {f"model.layers.{i}.x": f"model-{i}.safetensors" for i in range(2)}
+    (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": names}))
+
+
+def of_llama(folder: Path) -> None:
+    (folder / "config.json").write_text('{"model_type": "llama", "hidden_size": 64}')
+
+
+@pytest.mark.parametrize(
+    ("name", "make", "line"),
+    [
+        ("a folder", lambda folder: None, "a folder: an empty folder, expected a checkpoint"),
+        ("lora", lambda folder: (folder / "adapter_config.json").write_text("{}"), "lora: a LoRA without its model; "),
+        ("x.gguf", lambda folder: folder.rmdir() or folder.write_bytes(b"GGUF"), "x.gguf: GGUF, which llama.cpp reads"),
+        ("q4", lambda folder: (folder / "x.gguf").write_bytes(b"GGUF"), "q4: GGUF, which llama.cpp reads; expected a"),
+        ("config.json", lambda folder: folder.rmdir() or folder.write_text("{}"), "a file, expected a checkpoint's"),
+        ("original", openais, "original: its config.json is OpenAI's own, expected transformers'; give the folder in"),
+        ("llama", of_llama, "config.json: model_type is 'llama', expected 'gpt_oss'; this plugin serves GPT-OSS only"),
+        ("stopped", without_shards, "stopped: model-0.safetensors, model-1.safetensors missing, of 2 shards that the"),
+        ("ü 漢", of_llama, "ü 漢/config.json: model_type is 'llama', expected"),
+    ],
+)
+def test_what_is_no_gpt_oss_is_one_line(name: str, make, line: str, tmp_path: Path, capsys) -> None:
+    path = tmp_path / name
+    path.mkdir()
+    if make is without_shards:
+        write_small(path)
+        next(path.glob("*.safetensors")).unlink()
+    make(path)
+    assert main(["inspect", str(path)]) == 1
+    (said,) = capsys.readouterr().err.splitlines()
+    assert line in said
+
+
 def test_no_network_and_no_model(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -131,10 +172,3 @@ def test_no_network_and_no_model(
     # What is published is known without one.
     status, report = inspect(capsys, "openai/gpt-oss-120b")
     assert (status, report["layout"], report["sizes"]["num_experts"]) == (0, "unknown", 128)
-
-
-def test_help_has_an_example(capsys: pytest.CaptureFixture[str]) -> None:
-    for command in ("inspect", "pack", "unpack"):
-        with pytest.raises(SystemExit):
-            main([command, "--help"])
-        assert f"\n  mxfp4-sm120 {command} " in capsys.readouterr().out

@@ -15,7 +15,7 @@ from safetensors import SafetensorError, safe_open
 
 from vllm_mxfp4_sm120.checkpoint.config import shown
 from vllm_mxfp4_sm120.checkpoint.names import plain
-from vllm_mxfp4_sm120.checkpoint.tensors import TensorInfo
+from vllm_mxfp4_sm120.checkpoint.tensors import TensorInfo, listed
 
 INDEX = "model.safetensors.index.json"
 # The index of a model of 100,000 tensors has 10 MB. More is no index, and Python's parser would take ten times as much.
@@ -76,6 +76,12 @@ def read_headers(directory: Path) -> dict[str, TensorInfo]:
     if not files:
         raise ValueError(
             f"{directory}: no *.safetensors here, expected the model's weights; fetch the checkpoint again"
+        )
+    absent = [file.name for file in files if not os.path.lexists(file)]
+    if len(absent) > 1:  # a download that was stopped; of one alone `open_shard` says more
+        raise ValueError(
+            f"{directory}: {listed(absent)} missing, of {len(files)} shards that the index names; "
+            "fetch the checkpoint again"
         )
     tensors: dict[str, TensorInfo] = {}
     for file in files:

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from vllm_mxfp4_sm120.checkpoint.config import check_config
+from vllm_mxfp4_sm120.checkpoint.config import Sizes, check_config
 from vllm_mxfp4_sm120.checkpoint.headers import read_headers, read_json
 from vllm_mxfp4_sm120.checkpoint.names import EMBEDDING, LM_HEAD, canonical_name, plain, refuse_foreign
 from vllm_mxfp4_sm120.checkpoint.tensors import TensorInfo, differs, is_as_required, required_tensors, split_fused
@@ -75,15 +75,38 @@ def _tensors(headers: Mapping[str, TensorInfo], required: Mapping[str, TensorInf
 def survey(path_or_repository: str) -> Survey:
     """A checkpoint's folder, or a repository of Hugging Face ("openai/gpt-oss-20b"): from the cache, else by HTTP.
 
-    Raises ValueError if there is neither, or if config.json or a header can't be read.
+    Raises ValueError if there is neither, if it's something else, or if config.json or a header can't be read.
     """
     folder = Path(path_or_repository)
+    if what := something_else(folder):
+        raise ValueError(f"{folder}: {what}")
     if folder.is_dir() or path_or_repository.count("/") != 1 or path_or_repository.startswith((".", "/", "~")):
-        return Survey(str(folder), read_json(folder / "config.json"), read_headers(folder))
+        return _folder(folder, str(folder))
     cached = _cached(path_or_repository)
-    if cached is not None:
-        return Survey(path_or_repository, read_json(cached / "config.json"), read_headers(cached))
-    return _remote(path_or_repository)
+    return _remote(path_or_repository) if cached is None else _folder(cached, path_or_repository)
+
+
+def something_else(path: Path) -> str | None:
+    """What people take for a GPT-OSS's folder that isn't one, and what to give instead; None for all others."""
+    if path.suffix == ".gguf" or (path.is_dir() and any(path.glob("*.gguf")) and not any(path.glob("*.safetensors"))):
+        return "GGUF, which llama.cpp reads; expected a folder with config.json and *.safetensors"
+    if path.is_file():
+        return f"a file, expected a checkpoint's folder; give {path.absolute().parent}"
+    if (path / "adapter_config.json").is_file() and not (path / "config.json").is_file():
+        return "a LoRA without its model; mxfp4-sm120 pack MODEL DST --adapter LORA merges and packs both"
+    if path.is_dir() and not any(path.iterdir()):
+        return "an empty folder, expected a checkpoint"
+    if (path / "config.json").is_file():
+        config = read_json(path / "config.json")
+        if "experts_per_token" in config and "model_type" not in config:
+            return "its config.json is OpenAI's own, expected transformers'; give the folder in which 'original' lies"
+    return None
+
+
+def _folder(folder: Path, source: str) -> Survey:
+    config = read_json(folder / "config.json")
+    Sizes.from_config(config, f"{folder}/config.json")  # of another model, whatever its weights lie in
+    return Survey(source, config, read_headers(folder))
 
 
 def _cached(repository: str) -> Path | None:

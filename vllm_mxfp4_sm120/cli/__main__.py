@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import argparse
 import importlib
+import io
 import sys
 from collections.abc import Sequence
 from contextlib import nullcontext, redirect_stdout
@@ -37,6 +38,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     arguments = list(sys.argv[1:] if argv is None else argv)
     if argv is None:
         unwind_on_signals()
+        if isinstance(sys.stdout, io.TextIOWrapper):  # a path may hold what its encoding hasn't
+            sys.stdout.reconfigure(errors="backslashreplace")
     try:
         return dispatch(arguments)
     except BrokenPipeError:

@@ -38,6 +38,7 @@ class Outcome:
 
 def failed(command: str, why: str, as_json: bool, status: int = 1) -> int:
     """Say why on stderr, to programs also on stdout; returns the status."""
+    why = " ".join(why.splitlines())
     print(f"mxfp4-sm120 {command}: {why}", file=sys.stderr)
     if as_json:
         with suppress(OSError):  # where stdout is what failed

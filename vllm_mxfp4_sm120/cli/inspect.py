@@ -141,6 +141,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> Outcome:
     """Its status is 0, or 1 if something is wrong with the checkpoint."""
+    if args.verify and not Path(args.model).is_dir():
+        raise ValueError(f"--verify reads the files of a folder, and {args.model} is none")
     report = examine(_survey(args.model))
     if args.verify:
         from vllm_mxfp4_sm120.packing import verify
