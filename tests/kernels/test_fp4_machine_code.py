@@ -7,6 +7,10 @@ import ast
 import re
 from pathlib import Path
 
+import fp4_slots
+import fp4_speed
+import pytest
+
 from tests.kernels.building import in_a_new_process
 from tests.kernels.test_machine_code import FP4, MAX_SHARED_BYTES, all_resources, foreign, machine_code
 
@@ -30,6 +34,21 @@ def test_products_of_the_main_loops(library: Path):
         products = len(re.findall(r"\bOMMA\.SF\.16864\.F32\.E2M1\.E2M1\.E8\b", code))
         assert products == sum(8 * terms * m for m in range(1, tiles + 1)), (index, products)
         assert "HMMA" not in code, "no decoded weights"
+
+
+def test_the_model_of_speed_counts_these_instructions(library: Path):
+    """docs/data/fp4-slots.json has the main loops'. Another nvcc may need a few more or less."""
+    (fp4,), others = machine_code(library, fp4=True).values(), machine_code(library, fp4=False)
+    for source, architecture, text in (
+        (fp4_slots.FP4, "sm_120", fp4),
+        (fp4_slots.BF16, "sm_120", others["sm_120"]),
+        (fp4_slots.BF16, "sm_90", others["sm_90"]),
+    ):
+        codes = fp4_slots.functions(text, "_gemms")
+        for name, index in fp4_slots.KERNELS[source].items():
+            (code,) = (code for full, code in codes.items() if f"ShapeILi{index}E" in full)
+            most, *_, fewest = fp4_slots.loops_of(code)
+            assert [*most, *fewest] == pytest.approx([*fp4_speed.counted(name, architecture).values()][:4], rel=0.05)
 
 
 def test_no_spills_and_what_a_block_takes(library: Path):
