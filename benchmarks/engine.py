@@ -139,15 +139,17 @@ def chosen_first(output: Any) -> list[dict[str, float]]:
 
 def engine_arguments(choice: str) -> dict[str, Any]:
     """vLLM's arguments for one of --choices. Raises ValueError for what isn't one."""
-    parsed = re.fullmatch(r"(\w+)(?::(\w+))?(?:-(tp|ep|pp)(\d+))?", choice)
-    if parsed is None or (parsed[2] and parsed[1] != "ours"):
-        raise ValueError(f"--choices has {choice!r}, expected such as ours, ours:triton, ours-tp2, marlin-ep2, bf16")
-    name, backend, parallel, ranks = parsed.groups()
+    parsed = re.fullmatch(r"(\w+)(?::(\w+))?(?:-(off|bf16|int8))?(?:-(tp|ep|pp)(\d+))?", choice)
+    if parsed is None or ((parsed[2] or parsed[3]) and parsed[1] != "ours"):
+        likes = "ours, ours:triton, ours-int8, ours-tp2, marlin-ep2, bf16"
+        raise ValueError(f"--choices has {choice!r}, expected such as {likes}")
+    name, backend, dense, parallel, ranks = parsed.groups()
     arguments: dict[str, Any] = {"quantization": "mxfp4", "moe_backend": name}
     if name == "ours":
         arguments = {"quantization": "mxfp4_sm120"}
-        if backend:
-            arguments["additional_config"] = {"mxfp4_sm120": {"backend": backend}}
+        options = {key: value for key, value in (("backend", backend), ("dense", dense)) if value}
+        if options:
+            arguments["additional_config"] = {"mxfp4_sm120": options}
     elif name == "bf16":
         arguments = {"hf_overrides": {"quantization_config": None}, "load_format": "dummy"}
     if parallel == "pp":

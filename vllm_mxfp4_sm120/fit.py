@@ -111,7 +111,6 @@ class Memory:
 
     def __init__(self, config: Mapping[str, Any], source: str = "config.json") -> None:
         self.sizes, self.attention = Sizes.from_config(config, source), AttentionSizes.from_config(config, source)
-        self.tied = bool(config.get("tie_word_embeddings", False))
         self.window: int | None = config.get("sliding_window", 128)
         longest: int = config.get("max_position_embeddings", 131072)
         self.contexts = sorted({min(context, longest) for context in CONTEXTS})
@@ -125,9 +124,9 @@ class Memory:
         return self.sizes.num_layers * self.sizes.num_experts * (weights + BF16 * (2 * intermediate + hidden))
 
     def vocabulary(self, tensor_parallel: int = 1) -> dict[str, int]:
-        """Embedding and output layer on one rank."""
+        """Embedding and output layer on one rank: of vLLM's GPT-OSS two tables, also where they are tied."""
         matrix = self.attention.padded_vocab_size // tensor_parallel * self.sizes.hidden_size * BF16
-        return {"embed_tokens": matrix, "lm_head": 0 if self.tied else matrix}
+        return {"embed_tokens": matrix, "lm_head": matrix}
 
     def dense(self, tensor_parallel: int = 1) -> int:
         """What `dense: int8` applies to, on one rank, in BF16: q, k, v, o of all layers, lm_head and the embedding."""

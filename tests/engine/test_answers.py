@@ -48,7 +48,7 @@ def test_pieces_of_prompts_and_guessed_tokens(
     tiny_config: dict,
     choice: Choice,
 ) -> None:
-    """Chunked prefill, prefix caching and speculative decoding in one engine, and each did happen.
+    """Chunked prefill, prefix caching, speculative decoding and dense kernels in one engine, and each did happen.
 
     A prompt is followed by its answer, or by that backwards, and by itself: vLLM guesses that what followed it follows
     again, and checks several tokens in one step. It is served in pieces of at most 40 tokens, and then a second time.
@@ -61,6 +61,7 @@ def test_pieces_of_prompts_and_guessed_tokens(
         tiny,
         again,
         tmp_path,
+        {"FAKE_DENSE": "1"},
         rounds=2,
         quantization="mxfp4_sm120",
         enforce_eager=True,
@@ -74,7 +75,9 @@ def test_pieces_of_prompts_and_guessed_tokens(
             "prompt_lookup_max": 3,
         },
         disable_log_stats=False,
+        additional_config={"mxfp4_sm120": {"dense": "bf16"}},
     )
+    assert "fake_dense: " in (tmp_path / "engine.log").read_text()
     assert max(map(len, again)) > 2 * 40
     assert answers.cached > 0
     guessed, right = (answers.metrics[f"vllm:spec_decode_num_{what}_tokens"] for what in ("draft", "accepted"))

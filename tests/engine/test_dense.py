@@ -4,32 +4,95 @@
 from __future__ import annotations
 
 import copy
+import json
 import re
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import pytest
+import torch
+from safetensors.torch import load_file, save_file
 from vllm import EngineArgs
 from vllm.config import set_current_vllm_config
 
 from tests.engine.conftest import Answers, generate, transformers_answers
+from vllm_mxfp4_sm120.checkpoint import required_tensors
 from vllm_mxfp4_sm120.dense.int8 import Int8Weights
 from vllm_mxfp4_sm120.quantization import dense as quantization
 
 TOLERANCE = 2e-2  # of a log-probability, as between BF16 engines and transformers
+RANK, LORA_GAIN = 8, 0.2
+ADAPTED = 3  # of the prompts, a second time
 
 
 def dense(kind: str) -> dict:
     return {"mxfp4_sm120": {"dense": kind}}
 
 
+def merged(model, adapter: Path):
+    """A copy of transformers' model with an adapter's products added to its weights."""
+    model = copy.deepcopy(model)
+    factors = load_file(adapter / "adapter_model.safetensors")
+    for name, a in factors.items():
+        if name.endswith("lora_A.weight"):
+            b = factors[name.replace("lora_A", "lora_B")]
+            module = model.get_submodule(name.removeprefix("base_model.model.").removesuffix(".lora_A.weight"))
+            module.weight.data += b.float() @ a.float()
+    return model
+
+
+@dataclass(frozen=True)
+class Right:
+    """transformers' answers with certain weights: alone, with the adapter, and what it says of the prompts."""
+
+    alone: Answers
+    adapted: Answers
+    scores: list[list[float]]
+
+    @classmethod
+    def of(cls, model, prompts: list[list[int]], adapter: Path) -> Right:
+        scores = []
+        for ids in map(torch.tensor, prompts):
+            with torch.no_grad():
+                steps = model(ids[None]).logits[0, :-1].log_softmax(-1)
+            scores.append(steps.gather(1, ids[1:, None])[:, 0].tolist())
+        adapted = transformers_answers(merged(model, adapter), prompts[:ADAPTED])
+        return cls(transformers_answers(model, prompts), adapted, scores)
+
+
 @pytest.fixture(scope="module")
-def rounded(transformers_model, prompts: list[list[int]]) -> Answers:
-    """transformers' answers with what `int8` rounds rounded, all else exact."""
+def adapter(tiny_config: dict, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A LoRA of attention's four projections, as PEFT saves it."""
+    directory = tmp_path_factory.mktemp("adapter")
+    generator = torch.Generator().manual_seed(5)
+    names = {f"{letter}_proj.weight": f"{letter}_proj" for letter in "qkvo"}
+    tensors = {}
+    for name, info in required_tensors(tiny_config).items():
+        if (module := names.get(name.rpartition("self_attn.")[2])) is not None:
+            rows, columns = info.shape
+            prefix = f"base_model.model.{name.rpartition('.self_attn.')[0]}.self_attn.{module}"
+            a, b = (torch.randn(shape, generator=generator) for shape in ((RANK, columns), (rows, RANK)))
+            tensors[f"{prefix}.lora_A.weight"] = (a * columns**-0.5).bfloat16()
+            tensors[f"{prefix}.lora_B.weight"] = (b * LORA_GAIN).bfloat16()
+    save_file(tensors, directory / "adapter_model.safetensors")
+    settings = {"peft_type": "LORA", "r": RANK, "lora_alpha": RANK, "target_modules": sorted(names.values())}
+    (directory / "adapter_config.json").write_text(json.dumps(settings))
+    return directory
+
+
+@pytest.fixture(scope="module")
+def exact(transformers_model, prompts: list[list[int]], adapter: Path) -> Right:
+    return Right.of(transformers_model, prompts, adapter)
+
+
+@pytest.fixture(scope="module")
+def rounded(transformers_model, prompts: list[list[int]], adapter: Path) -> Right:
+    """With what `int8` rounds rounded, all else exact."""
     model = copy.deepcopy(transformers_model)
     linear = [getattr(layer.self_attn, f"{name}_proj") for layer in model.model.layers for name in "qkvo"]
     for module in (*linear, model.lm_head, model.model.embed_tokens):
         module.weight.data = Int8Weights.quantize(module.weight.data).decode()
-    return transformers_answers(model, prompts)
+    return Right.of(model, prompts, adapter)
 
 
 @pytest.mark.parametrize(
@@ -83,28 +146,62 @@ def test_layers_that_are_left_to_vllm(
     assert taken == set(ours.split()) - {"lm_head"}
 
 
-# The kernels where no GPU is: fake_dense.py.
+# The kernels where no GPU is: fake_dense.py. Beside speculation they answer in test_answers.py, in a pipeline in
+# test_ranks.py.
+# On CPUs vLLM takes the last adapter's place for that of a prompt without one, so there are two places for one adapter.
+LORA = {"enable_lora": True, "lora_target_modules": ["qkv_proj", "o_proj"], "max_lora_rank": RANK, "max_loras": 2}
 ENGINES = {
-    "bf16": ("bf16", True, {"enforce_eager": True}),
+    "bf16": ("bf16", True, {"enforce_eager": True, **LORA}),
     "int8, compiled": ("int8", True, {}),
-    "int8, tensor parallel": ("int8", False, {"enforce_eager": True, "tensor_parallel_size": 2}),
+    "int8, tensor parallel": ("int8", False, {"enforce_eager": True, "tensor_parallel_size": 2, **LORA}),
 }
 
 
 @pytest.mark.parametrize(("kind", "kernels", "engine"), ENGINES.values(), ids=ENGINES)
 def test_answers_are_those_of_the_weights(
-    tiny: Path, prompts, tmp_path: Path, expected: Answers, rounded: Answers, kind: str, kernels: bool, engine: dict
+    tiny: Path,
+    prompts: list[list[int]],
+    adapter: Path,
+    tmp_path: Path,
+    exact: Right,
+    rounded: Right,
+    kind: str,
+    kernels: bool,
+    engine: dict,
 ) -> None:
     env = {"FAKE_DENSE": "1"} if kernels else {}
     options = {"quantization": "mxfp4_sm120", "additional_config": dense(kind), **engine}
-    answers = generate(tiny, prompts, tmp_path, env, **options)
-    assert answers.worst_difference(rounded if kind == "int8" else expected) < TOLERANCE
+    adapted = ADAPTED if "enable_lora" in engine else 0
+    answers = generate(
+        tiny,
+        [*prompts, *prompts[:adapted]],
+        tmp_path,
+        env,
+        score=True,
+        adapters=[None] * len(prompts) + [str(adapter)] * adapted,
+        **options,
+    )
+    right, count = rounded if kind == "int8" else exact, len(prompts)
+    alone = replace(answers, tokens=answers.tokens[:count], logprobs=answers.logprobs[:count])
+    assert alone.worst_difference(right.alone) < TOLERANCE
+    if adapted:
+        with_adapter = replace(answers, tokens=answers.tokens[count:], logprobs=answers.logprobs[count:])
+        assert with_adapter.worst_difference(right.adapted) < TOLERANCE
+    for scores, expected in zip(answers.scores, right.scores, strict=False):
+        assert scores == pytest.approx(expected, abs=TOLERANCE)
     log = (tmp_path / "engine.log").read_text()
     assert ("dense layers in INT8" in log) == (kind == "int8")
     if kernels:
         called = re.findall(r"fake_dense: (\d+) tokens of (.*)", log)
         # qkv_proj and lm_head have one shape here, but only one of them has a bias.
-        assert len({layer for _, layer in called}) == 3 and {int(tokens) for tokens, _ in called} <= {5, 6, 7, 8}
-        assert f"{kind} by {kind}_fake at 5 to 8 tokens (9.0 us there, torch 12.0); else torch's linear" in log
+        assert len({layer for _, layer in called}) == 3 and {int(tokens) for tokens, _ in called} <= set(range(5, 17))
+        assert f"{kind} by {kind}_fake at 5 to 16 tokens (9.0 us there, torch 12.0); else torch's linear" in log
     else:
         assert f"{kind} by torch's linear: it needs an NVIDIA GPU" in log
+
+
+def test_the_adapter_is_seen(exact: Right) -> None:
+    """Left out, or given to prompts without, answers would be ten tolerances away."""
+    pairs = zip(exact.alone.logprobs, exact.adapted.logprobs, strict=False)
+    difference = max(abs(a - b) for alone, adapted in pairs for a, b in zip(alone, adapted, strict=True))
+    assert difference > 10 * TOLERANCE

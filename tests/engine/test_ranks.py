@@ -15,6 +15,7 @@ from vllm_mxfp4_sm120.selector import Choice
 
 # On CPUs vLLM makes room for what a pipeline's second rank receives only as it compiles.
 TRACED_ONLY = {"compilation_config": {"mode": CompilationMode.DYNAMO_TRACE_ONCE, "backend": "eager"}}
+DENSE = {"additional_config": {"mxfp4_sm120": {"dense": "bf16"}}}
 
 
 @pytest.mark.skipif(torch.cuda.device_count() == 1, reason="two ranks need two GPUs, or none")
@@ -23,9 +24,9 @@ TRACED_ONLY = {"compilation_config": {"mode": CompilationMode.DYNAMO_TRACE_ONCE,
     [
         ({"tp": 2}, {"enforce_eager": True, "tensor_parallel_size": 2}),  # 3 and 2 of the 5 blocks of I
         ({"ep": 2}, {"enforce_eager": True, "tensor_parallel_size": 2, "enable_expert_parallel": True}),
-        ({"pp": 2}, {**TRACED_ONLY, "pipeline_parallel_size": 2}),
+        ({"pp": 2}, {**TRACED_ONLY, **DENSE, "pipeline_parallel_size": 2}),
     ],
-    ids=["tensor", "expert", "pipeline"],
+    ids=["tensor", "expert", "pipeline, dense kernels"],
 )
 def test_two_ranks(
     tiny: Path,
@@ -38,6 +39,7 @@ def test_two_ranks(
     engine: dict[str, Any],
 ) -> None:
     """A shard of every expert, half of the experts, or half of the layers each."""
-    answers = generate(tiny, prompts, tmp_path, quantization="mxfp4_sm120", **engine)
+    answers = generate(tiny, prompts, tmp_path, {"FAKE_DENSE": "1"}, quantization="mxfp4_sm120", **engine)
+    assert ("fake_dense: " in (tmp_path / "engine.log").read_text()) == ("additional_config" in engine)
     assert_ours(answers, tiny_config, choice, **ranks)
     assert answers.worst_difference(offline) < TOLERANCE

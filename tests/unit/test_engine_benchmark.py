@@ -55,7 +55,14 @@ def test_choices_are_arguments_of_vllm() -> None:
         "tensor_parallel_size": 2,
         "enable_expert_parallel": True,
     }
+    assert arguments("ours:native-int8-tp2") == {
+        "quantization": "mxfp4_sm120",
+        "additional_config": {"mxfp4_sm120": {"backend": "native", "dense": "int8"}},
+        "tensor_parallel_size": 2,
+        "enable_expert_parallel": False,
+    }
     assert arguments("ours-pp2") == {"quantization": "mxfp4_sm120", "pipeline_parallel_size": 2}
     assert arguments("marlin") == {"quantization": "mxfp4", "moe_backend": "marlin"}
-    with pytest.raises(ValueError, match=r"--choices has 'marlin:x', expected such as ours"):
-        arguments("marlin:x")
+    for wrong in ("marlin:x", "marlin-int8"):
+        with pytest.raises(ValueError, match=f"--choices has '{wrong}', expected such as ours"):
+            arguments(wrong)

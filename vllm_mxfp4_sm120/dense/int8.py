@@ -47,6 +47,14 @@ class Int8Weights:
             scales[part] = scale.squeeze(-1)
         return cls(codes, scales)
 
+    def update(self, weight: Tensor) -> None:
+        """In place: rows of a weight [N, K] that aren't what these decode to, in its dtype, are encoded."""
+        for part in _parts(weight.shape[0], weight.shape[1], ENCODED):
+            changed = (weight[part] != self.decode(part, weight.dtype)).any(1, keepdim=True)
+            new = Int8Weights.quantize(weight[part])
+            self.codes[part] = torch.where(changed, new.codes, self.codes[part])
+            self.scales[part] = torch.where(changed, new.scales, self.scales[part])
+
     @property
     def bytes(self) -> int:
         return self.codes.nbytes + self.scales.nbytes

@@ -93,7 +93,7 @@ class Int8Method(QuantizeMethodBase):
         encoded = getattr(weight, "encoded", None)  # by the other of two tied tables, which hold one parameter
         if encoded is None:
             encoded = weight.encoded = Int8Weights.quantize(weight.data)
-            self.report.add(layer.prefix, weight.data, encoded)
+            self.report.add(layer.prefix or "the embedding", weight.data, encoded)  # which vLLM gives no name
         self.report.one_done()
         codes = Parameter(encoded.codes, requires_grad=False)
         set_weight_attrs(codes, {**DIMENSIONS, "weight_loader": _update(layer, weight.weight_loader)})
@@ -111,16 +111,15 @@ class Int8Method(QuantizeMethodBase):
 def _update(layer: Any, load: Callable[..., None]) -> Callable[..., None]:
     """The loader of a layer that is served: a trainer's tensor, or a part of one, replaces what the layer holds.
 
-    What isn't replaced stays as it is: decoded in FP32 and encoded again, codes are the same.
+    What isn't replaced stays as it is. Meanwhile the layer is there in BF16 once more.
     """
 
     def load_encoded(param: Parameter, loaded_weight: Tensor, *args: Any, **kwargs: Any) -> None:
-        held = Parameter(Int8Weights(param.data, layer.weight_scale.data).decode(), requires_grad=False)
+        encoded = Int8Weights(param.data, layer.weight_scale.data)
+        held = Parameter(encoded.decode(dtype=layer.params_dtype), requires_grad=False)
         set_weight_attrs(held, DIMENSIONS)
         load(held, loaded_weight, *args, **kwargs)
-        encoded = Int8Weights.quantize(held.data)
-        param.data.copy_(encoded.codes)
-        layer.weight_scale.data.copy_(encoded.scales)
+        encoded.update(held.data)
 
     return load_encoded
 
