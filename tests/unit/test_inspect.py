@@ -155,9 +155,10 @@ def test_what_is_no_gpt_oss_is_one_line(name: str, make, line: str, tmp_path: Pa
         write_small(path)
         next(path.glob("*.safetensors")).unlink()
     make(path)
-    assert main(["inspect", str(path)]) == 1
-    (said,) = capsys.readouterr().err.splitlines()
-    assert line in said
+    for command in (["inspect"], ["pack", str(tmp_path / "packed")]):
+        assert main([command[0], str(path), *command[1:]]) == 1
+        (said,) = capsys.readouterr().err.splitlines()
+        assert line in said
 
 
 def test_no_network_and_no_model(

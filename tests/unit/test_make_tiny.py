@@ -38,6 +38,29 @@ def test_fewer_layers(tmp_path):
     assert json.loads((tmp_path / "one" / "config.json").read_text())["layer_types"] == ["sliding_attention"]
 
 
+@pytest.mark.parametrize(
+    ("change", "arguments", "line"),
+    [
+        ({}, ["--layers", "3"], "--layers is 3, expected 1 to 2"),
+        ({}, ["--seed", "-1"], "--seed is -1, expected 0 to 2^63 - 1"),
+        ({}, ["--seed", str(1 << 70)], "expected 0 to 2^63 - 1"),
+        ({"model_type": "llama"}, [], "config.json: model_type is 'llama', expected 'gpt_oss'"),
+        ({"head_dim": None, "pad_token_id": None}, [], "config.json: head_dim, pad_token_id missing, expected as in"),
+        ({"num_local_experts": 128}, [], "config.json: 128 experts of a hidden size of 192, expected at most half as"),
+        ("{", [], "config.json: not JSON"),
+        (b"\xff\xfe", [], "config.json: not JSON"),
+    ],
+)
+def test_wrong_arguments(change, arguments, line, tmp_path, capsys):
+    path = tmp_path / "config.json"
+    if isinstance(change, dict):
+        change = json.dumps(json.loads(config_path("tiny", "config.json").read_text()) | change)
+    path.write_bytes(change if isinstance(change, bytes) else change.encode())
+    assert main(["make-tiny", "--config", str(path), *arguments, str(tmp_path / "new")]) == 1
+    (said,) = capsys.readouterr().err.splitlines()[-1:]
+    assert line in said and [each.name for each in tmp_path.iterdir()] == ["config.json"]
+
+
 def test_no_room_on_the_disk(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(shutil, "disk_usage", lambda path: SimpleNamespace(free=1000))
     assert main(["make-tiny", "--like", "openai/gpt-oss-20b", str(tmp_path / "like")]) != 0

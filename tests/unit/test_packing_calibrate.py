@@ -76,6 +76,10 @@ def test_the_command_calibrates(tmp_path: Path, capsys: pytest.CaptureFixture[st
     assert main([*arguments, "--search", "--json"]) == 0
     report = json.loads(capsys.readouterr().out)
     assert {each["relative_rms"] for each in report["projections"]} == {0.0}  # exact before, exact after
-    (tmp_path / "text").write_text("")
-    assert main([*arguments, "--search"]) == 1
-    assert "is empty" in capsys.readouterr().err
+    for damage, line in (
+        (b"", "is empty"),
+        (b"\x97", "--calibrate " + str(tmp_path / "text") + " is no text in UTF-8"),
+    ):
+        (tmp_path / "text").write_bytes(damage)
+        assert main([*arguments, "--search"]) == 1
+        assert line in capsys.readouterr().err

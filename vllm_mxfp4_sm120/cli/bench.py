@@ -62,7 +62,7 @@ def run(args: argparse.Namespace) -> Outcome:
         raise RuntimeError(reason)
     rates, tables = examine(args, machine, layers, wanted, tokens)
     status = 0 if any(table.compared for table in tables) else 1
-    if args.plot is not None:
+    if args.plot is not None and status == 0:
         try:
             plot.draw(tables, args.plot)
         except OSError as error:  # what took minutes to measure is said all the same

@@ -20,7 +20,8 @@ import torch
 from torch import Tensor
 
 from vllm_mxfp4_sm120 import config_path
-from vllm_mxfp4_sm120.checkpoint import Sizes, Writer, published_config
+from vllm_mxfp4_sm120.checkpoint import Sizes, Writer, check_config, published_config
+from vllm_mxfp4_sm120.checkpoint.headers import read_json
 from vllm_mxfp4_sm120.cli.ending import Outcome
 from vllm_mxfp4_sm120.cli.progress import Show, progress
 from vllm_mxfp4_sm120.drafts import naming
@@ -34,6 +35,8 @@ EXAMPLES = """examples:
 
 Its weights are random: it answers always the same, and never anything that makes sense.
 """
+# Keys that are written, though transformers would fill them in where they are missing.
+WRITTEN = ("num_key_value_heads", "head_dim", "bos_token_id", "eos_token_id", "pad_token_id")
 LIKE = ("openai/gpt-oss-20b", "openai/gpt-oss-120b")
 # How much each part adds to the residual stream, whose embeddings have unit size, in a model of two layers. In a deeper
 # one each layer adds less (`layer_gain`), or the embedding would drown: after 24 layers it was a seventh of the stream.
@@ -78,12 +81,15 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> Outcome:
     """Raises ValueError, OSError."""
-    config = published_config(args.like) if args.like else json.loads(args.config.read_text())
+    config = published_config(args.like) if args.like else own_config(args.config)
+    if not 0 <= args.seed < 1 << 63:
+        raise ValueError(f"--seed is {args.seed}, expected 0 to 2^63 - 1")
     if args.layers is not None:
         if not 1 <= args.layers <= config["num_hidden_layers"]:
             raise ValueError(f"--layers is {args.layers}, expected 1 to {config['num_hidden_layers']}")
         config["num_hidden_layers"] = args.layers
-        config["layer_types"] = config["layer_types"][: args.layers]
+        if config.get("layer_types") is not None:
+            config["layer_types"] = config["layer_types"][: args.layers]
     with progress("writing", unit="layers") as show:
         make_tiny(args.directory, config, args.seed, show)
     return Outcome([f"wrote {args.directory}"])
@@ -121,6 +127,18 @@ def make_tiny(directory: Path, config: dict[str, Any], seed: int = SEED, show: S
         writer.write_json("generation_config.json", special)
         with naming(directory):
             write_tokenizer(writer.draft, config["vocab_size"])
+
+
+def own_config(path: Path) -> dict[str, Any]:
+    """A config.json that a checkpoint can be made of. Raises ValueError."""
+    config = read_json(path)
+    check_config(config, str(path))
+    if missing := [key for key in WRITTEN if config.get(key) is None]:
+        raise ValueError(f"{path}: {', '.join(missing)} missing, expected as in the published config.json")
+    if 2 * config["num_local_experts"] > config["hidden_size"]:
+        experts, hidden = config["num_local_experts"], config["hidden_size"]
+        raise ValueError(f"{path}: {experts} experts of a hidden size of {hidden}, expected at most half as many")
+    return config
 
 
 def checkpoint_bytes(config: dict[str, Any]) -> int:

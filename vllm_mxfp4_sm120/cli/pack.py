@@ -70,8 +70,12 @@ def moments(args: argparse.Namespace) -> dict[str, torch.Tensor]:
     from vllm_mxfp4_sm120.packing.source import Source
 
     source = Source(args.source, args.adapter)
+    try:
+        text = args.calibrate.read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        raise ValueError(f"--calibrate {args.calibrate} is no text in UTF-8: {error.reason} at {error.start}") from None
     with progress("calibrating", quiet=args.json, unit="layers") as show:
-        return second_moments(source, args.calibrate.read_text(), device(args), show)
+        return second_moments(source, text, device(args), show)
 
 
 def device(args: argparse.Namespace) -> torch.device:
@@ -79,7 +83,7 @@ def device(args: argparse.Namespace) -> torch.device:
     if args.device is None:
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     try:
-        torch.empty(0, device=args.device)
+        torch.ones(1, device=args.device).item()
     except (RuntimeError, AssertionError) as error:
         raise ValueError(f"--device {args.device}: {str(error).splitlines()[0]}") from error
     return torch.device(args.device)

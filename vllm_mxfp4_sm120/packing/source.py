@@ -15,6 +15,7 @@ from vllm_mxfp4_sm120 import mxfp4
 from vllm_mxfp4_sm120.checkpoint.config import QUANT_METHODS, Sizes, check_config, published_config, shown
 from vllm_mxfp4_sm120.checkpoint.headers import open_shard, read_headers, read_json
 from vllm_mxfp4_sm120.checkpoint.names import EMBEDDING, LM_HEAD, canonical_name, plain, refuse_foreign
+from vllm_mxfp4_sm120.checkpoint.survey import something_else
 from vllm_mxfp4_sm120.checkpoint.tensors import (
     SAME_NUMBERS,
     TensorInfo,
@@ -52,6 +53,8 @@ class Source:
 
     def __init__(self, directory: str | Path, adapter: str | Path | None = None) -> None:
         self.directory = Path(directory)
+        if what := something_else(self.directory):
+            raise ValueError(f"{self.directory}: {what}")
         source = str(self.directory / "config.json")
         config = read_json(self.directory / "config.json")
         method = (config.get("quantization_config") or {}).get("quant_method", "mxfp4")
