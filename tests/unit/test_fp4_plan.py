@@ -17,9 +17,17 @@ from vllm_mxfp4_sm120 import proof, selector, settings
 from vllm_mxfp4_sm120.backends import tuning
 from vllm_mxfp4_sm120.backends.native import Native, fp4, library
 from vllm_mxfp4_sm120.backends.tiled import Tiled
+from vllm_mxfp4_sm120.backends.tuning import Family
+from vllm_mxfp4_sm120.bench import models
+from vllm_mxfp4_sm120.cli import doctor
+from vllm_mxfp4_sm120.cli.__main__ import main
+from vllm_mxfp4_sm120.cli.activations import Activations
 from vllm_mxfp4_sm120.fp4 import plan, trial
 from vllm_mxfp4_sm120.fp4.plan import BF16
 from vllm_mxfp4_sm120.moe import MoEShape
+from vllm_mxfp4_sm120.tune import gpu, session
+from vllm_mxfp4_sm120.tune.session import Timed
+from vllm_mxfp4_sm120.tune.sizes import Size
 
 TABLE = tuple(
     fp4.Configuration(f"terms{terms}_tokens{tokens}", terms, tokens, 128, 1024)
@@ -197,6 +205,63 @@ def test_what_tune_has_measured_does_not_make_a_wrong_kernel_right(child: list) 
     assert plan.make(RTX_5090, GPT_OSS, "bf16").kernels == ()
 
 
+def slower_below(border: float):
+    """A timer: FP4 kernels are 10 % slower below so many tokens an expert, 10 % faster from there on."""
+
+    def timer(family: Family, size: Size, kernels: list[str]) -> Timed:
+        fp4 = 110.0 if size.tokens_per_expert < border else 90.0
+        return Timed({name: [{BF16: 100.0, SMALL: 1.05 * fp4}.get(name, fp4)] * 5 for name in kernels})
+
+    return timer
+
+
+def test_tune_measures_from_how_many_tokens_on(monkeypatch: pytest.MonkeyPatch) -> None:
+    """One rule for both models, in the card's file, from where a start takes it; a second run finds nothing to move."""
+    both = [models.model("20b"), models.model("120b")]
+    [job] = gpu.fp4_jobs(RTX_5090, both)
+    assert job.kernels(job.sizes[0]) == [BF16, SMALL, LARGE]
+    assert {size.model for size in job.sizes} == {"20b", "120b"} and job.sizes[-1].tokens == 8192
+    outcomes = session.run([job], slower_below(50), session.Notebook(None, {}), lambda *_: None)
+    session.write(tuning.user_path("RTX 5090"), "RTX 5090", "here", outcomes)
+    for model, most in (("20b", 400), ("120b", 1600)):
+        made = plan.make(RTX_5090, models.model(model).experts, "bf16")
+        (border, first), *rest = made.lines
+        assert first == BF16 and most <= border + 1 < 1.2 * most and rest == [(math.inf, LARGE)]
+    [again] = gpu.fp4_jobs(RTX_5090, both)
+    assert again.rule == outcomes[0].decision.rule and len(again.sizes) > len(job.sizes)
+    [nothing] = session.run([again], slower_below(50), session.Notebook(None, {}), lambda *_: None)
+    assert all(change.after != BF16 for change in nothing.decision.changes)
+
+
+@pytest.mark.parametrize("reason", ["wrong numbers", None])
+def test_nothing_is_tuned_that_is_not_right(monkeypatch: pytest.MonkeyPatch, child: list, reason: str | None) -> None:
+    if reason is None:
+        monkeypatch.setattr(fp4, "architectures", lambda: "")
+    child[0] = proof.Proof(reason)
+    assert gpu.fp4_jobs(RTX_5090, [models.model("20b")]) == []
+
+
+def test_doctor_says_which_and_shows_the_times(monkeypatch: pytest.MonkeyPatch, capsys, child: list) -> None:
+    monkeypatch.setattr(doctor, "examine", lambda prove: report)
+    report = doctor.Report({"driver": "580.95.05"}, "RTX 5090 (sm_120)", library="120f-real", library_version="0123")
+    report.fp4, report.weights = "120f-real", {"gpt-oss-20b": 1}
+    child[0] = proof.Proof(None, found=FASTER | {"wrong": {"terms3_tokens64": WRONG}})
+    choice = selector.select(RTX_5090, GPT_OSS)
+    report.chosen, report.activations = {"gpt-oss-20b": "native"}, {"gpt-oss-20b": Activations.of(choice)}
+    assert main(["doctor", "--report"]) == 0
+    printed = capsys.readouterr().out
+    assert "CUDA library  built for 120f-real, version 0123\n              FP4 kernels for 120f-real\n" in printed
+    assert "activations of the experts: 4 FP4 terms from 512 tokens on, else BF16" in printed
+    table = printed[printed.index("microseconds of a layer of gpt-oss-20b") :].splitlines()
+    assert table[1].split() == ["tokens", BF16, *(f"terms{i}_tokens{j}" for i in (4, 3, 2) for j in (64, 128))]
+    assert table[3].split()[:4] == ["512", "200.0", "180.0", "190.0"]
+    assert table[6].split()[:3] == ["error", "2.6e-03", "1.0e-03"]
+    assert table[7] == f"terms3_tokens64: {WRONG}"
+    assert main(["doctor", "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)["activations"]["gpt-oss-20b"]["trial"]
+    assert found["times"][1] == {"tokens": 512, "by_kernel": FASTER["times"][1][1]}
+
+
 ASKED = "MXFP4_SM120_ACTIVATION asks for mxfp4x2, which can't be had: "
 
 
@@ -265,9 +330,8 @@ def kernels(monkeypatch: pytest.MonkeyPatch) -> dict[str, float]:
     """By how much each kernel is off."""
     errors = {config.name: 2 * 10.0**-config.terms for config in TABLE}
 
-    def with_kernel(number, tolerance):
-        off = 0.0 if number is None else errors[TABLE[number].name]
-        return type("Kernel", (Off,), {"tolerance": tolerance, "error": off})
+    def with_kernel(name, tolerance):
+        return type("Kernel", (Off,), {"tolerance": tolerance, "error": errors.get(name, 0.0)})
 
     monkeypatch.setattr(trial, "with_kernel", with_kernel)
     monkeypatch.setattr(trial, "TIMED", (1, 8))
@@ -309,7 +373,7 @@ def test_a_kernel_that_raises_and_bf16_kernels_that_are_wrong(kernels: dict, mon
     kernels[SMALL] = "not a number"
     answer = trial.solve(asdict(SHAPE), asdict(SHAPE), "cpu")
     assert answer.reason.startswith(f"{SMALL}: TypeError: ") and not answer.final
-    monkeypatch.setattr(trial, "with_kernel", lambda number, tolerance: type("Kernel", (Off,), {"error": 0.5}))
+    monkeypatch.setattr(trial, "with_kernel", lambda name, tolerance: type("Kernel", (Off,), {"error": 0.5}))
     answer = trial.solve(asdict(SHAPE), asdict(SHAPE), "cpu")
     assert answer.reason.startswith("bf16: wrong numbers: relative error 0.5") and answer.final
 

@@ -16,10 +16,11 @@ import torch
 
 from vllm_mxfp4_sm120 import __version__, memory, platform, proof, selector, settings
 from vllm_mxfp4_sm120.backends import registry, triton
-from vllm_mxfp4_sm120.backends.native import library
+from vllm_mxfp4_sm120.backends.native import fp4, library
 from vllm_mxfp4_sm120.backends.native import tuning as native_tuning
 from vllm_mxfp4_sm120.checkpoint import Sizes, published_config
-from vllm_mxfp4_sm120.cli import surroundings
+from vllm_mxfp4_sm120.cli import activations, surroundings
+from vllm_mxfp4_sm120.cli.activations import Activations
 from vllm_mxfp4_sm120.cli.ending import Outcome
 from vllm_mxfp4_sm120.cli.surroundings import Attention, Python
 from vllm_mxfp4_sm120.dense import plan
@@ -68,10 +69,13 @@ class Report:
     versions: dict[str, str | None]
     machine: str
     gpus: list[Gpu] = field(default_factory=list)
-    library: str | None = None
+    library: str | None = None  # what it is built for
+    fp4: str | None = None  # what its FP4 kernels are built for
+    library_version: str | None = None
     tuning: dict[str, str] = field(default_factory=dict)  # the file of each card's rule, by whose kernels and card
     backends: list[BackendReport] = field(default_factory=list)
     chosen: dict[str, str | None] = field(default_factory=dict)
+    activations: dict[str, Activations] = field(default_factory=dict)  # by model, where there is a choice
     linears: dict[str, str] = field(default_factory=dict)  # which linear answers, by layer
     weights: dict[str, int] = field(default_factory=dict)  # bytes of a model's, packed
     free: int = 0  # bytes of the machine's memory
@@ -98,11 +102,7 @@ def examine(prove: bool = True) -> Report:
             report.gpus.append(Gpu(index, card.name, f"sm_{card.major}{card.minor}", card.total_memory, free))
     elif platform.driver() is not None:
         report.notes.append("there is an NVIDIA driver, but torch sees no GPU: a CPU build, or CUDA_VISIBLE_DEVICES?")
-    try:
-        if library.find(machine.capability) is not None:
-            report.library = library.load()
-    except (OSError, RuntimeError) as error:
-        report.notes.append(f"{library.LIBRARY.name}: {error}")
+    look_at_library(report, machine)
     look_at_tuning(report)
     request = selector.Request.from_user()
     request = replace(request, proof=prove and request.proof)
@@ -120,7 +120,10 @@ def examine(prove: bool = True) -> Report:
         report.backends.append(BackendReport(name, name in selector.order(machine), why_not, tried))
     for model, shape in layers.items():
         try:
-            report.chosen[model] = selector.select(machine, shape, request).backend.name
+            choice = selector.select(machine, shape, request)
+            report.chosen[model] = choice.backend.name
+            if choice.tells_activations:
+                report.activations[model] = Activations.of(choice)
         except ValueError as error:
             report.chosen[model] = None
             report.notes.append(f"{model}: {error}")
@@ -129,6 +132,16 @@ def examine(prove: bool = True) -> Report:
         setting.name: os.environ[setting.name] for setting in settings.TABLE if os.environ.get(setting.name)
     }
     return report
+
+
+def look_at_library(report: Report, machine: Machine) -> None:
+    """What the CUDA library is built for and from, or why it can't be loaded."""
+    try:
+        if library.find(machine.capability) is not None:
+            report.library = library.load()
+            report.fp4, report.library_version = fp4.architectures() or None, library.version()
+    except (OSError, RuntimeError) as error:
+        report.notes.append(f"{library.LIBRARY.name}: {error}")
 
 
 def look_at_tuning(report: Report) -> None:
@@ -189,7 +202,11 @@ def lines(report: Report) -> Iterator[str]:
         yield f"GPU {gpu.index}  {gpu.name}  {gpu.sm}  {gpu.memory / 2**30:.0f} GiB, {gpu.free / 2**30:.1f} free"
     if not report.gpus:
         yield "no NVIDIA GPU"
-    yield f"CUDA library  {'built for ' + report.library if report.library else 'none'}"
+    if report.library is not None:
+        yield f"CUDA library  built for {report.library}, version {report.library_version}"
+        yield f"              FP4 kernels for {report.fp4 or 'no card'}"
+    else:
+        yield "CUDA library  none"
     yield from (f"tuning        {name}: {path}" for name, path in report.tuning.items())
     for python in report.pythons:
         yield f"{python.executable}  vLLM {python.vllm or 'none'}, plugin {python.plugin or 'none'}"
@@ -207,11 +224,16 @@ def lines(report: Report) -> Iterator[str]:
     for model, name in report.chosen.items():
         yield f"{model:24}{name or 'none: see below'}"
         yield f"{'':24}{memory_beside(report, model)}"
+        if model in report.activations:
+            yield f"{'':24}activations of the experts: {report.activations[model].answers}"
     for layer, answers in report.linears.items():
         yield f"{layer:24}{answers}"
     for flag, value in report.flags.items():
         yield f"{flag}={value}"
     yield from report.notes
+    for model, found in report.activations.items():
+        if found.trial is not None:
+            yield from ("", *activations.table(model, found.trial))
 
 
 def memory_beside(report: Report, model: str) -> str:

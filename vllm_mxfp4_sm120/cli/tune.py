@@ -75,7 +75,8 @@ def bench(args: argparse.Namespace) -> tuple[str, list[Job], Timer]:
     if reason is not None:
         raise RuntimeError(f"nothing can be tuned: {reason}")
     torch.cuda.set_device(device := proof.device(machine))
-    return machine.name, gpu.jobs(machine.name, models), gpu.OnGpu(device)
+    jobs = [*gpu.jobs(machine.name, models), *gpu.fp4_jobs(machine, models)]
+    return machine.name, jobs, gpu.OnGpu(device)
 
 
 def target(card: str) -> Path:

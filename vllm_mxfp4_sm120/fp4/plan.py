@@ -47,9 +47,9 @@ class Trial:
 
     @classmethod
     def from_json(cls, found: Any) -> Trial:
-        """Raises KeyError, TypeError and ValueError for what is none."""
-        times = [Times(int(tokens), {**by_kernel}) for tokens, by_kernel in found["times"]]
-        return cls({**found["errors"]}, {**found["wrong"]}, times)
+        """Raises AttributeError, KeyError, TypeError or ValueError for what is none."""
+        times = [Times(int(tokens), _numbers(by_kernel)) for tokens, by_kernel in found["times"]]
+        return cls(_numbers(found["errors"]), {name: str(why) for name, why in found["wrong"].items()}, times)
 
 
 @dataclass(frozen=True)
@@ -66,8 +66,7 @@ class Plan:
         """What `Native.fp4_kernels` takes."""
         if not self.spans:
             return ()
-        numbers = {config.name: number for number, config in enumerate(fp4.configurations())}
-        return tuple((most, numbers.get(kernel)) for most, kernel in self.lines)
+        return tuple((most, number_of(kernel)) for most, kernel in self.lines)
 
     @property
     def spans(self) -> list[tuple[int, float]]:
@@ -113,19 +112,34 @@ def make(machine: Machine, shape: MoEShape, activation: str, prove: bool = True)
         return Plan(answer.reason)
     try:
         return decide(Trial.from_json(answer.found), machine, shape, TERMS[activation])
-    except (KeyError, TypeError, ValueError):
+    except (AttributeError, KeyError, TypeError, ValueError):
         return Plan("its record can't be read; `mxfp4-sm120 doctor --forget` tries again")
 
 
 def decide(trial: Trial, machine: Machine, shape: MoEShape, terms: int) -> Plan:
     """From what was found. A card's own rule comes before it, where kernels are right."""
-    names = [config.name for config in fp4.configurations() if config.terms == terms]
+    names = kernels_of(terms)
     for name in names:
         if name in trial.wrong:
             return Plan(f"{name}: {trial.wrong[name]}", terms, trial=trial)
     own = own_rule(machine.name) if terms == TERMS[BF16] else None
     rule = own.rule if own is not None else rule_of(trial.times, names)
     return Plan(None, terms, tuple(lines(rule, shape)), trial)
+
+
+def kernels_of(terms: int) -> list[str]:
+    """Names of the FP4 kernels that have so many. The library must be loaded."""
+    return [config.name for config in fp4.configurations() if config.terms == terms]
+
+
+def number_of(kernel: str) -> int | None:
+    """An FP4 kernel's place in the library's table, None for BF16 kernels. The library must be loaded."""
+    return {config.name: number for number, config in enumerate(fp4.configurations())}.get(kernel)
+
+
+def only(kernel: str) -> tuple[tuple[float, int | None], ...]:
+    """For `Native.fp4_kernels`: one kernel by name, or `BF16`, whatever the number of tokens."""
+    return ((math.inf, number_of(kernel)),)
 
 
 def rule_of(times: Sequence[Times], names: Sequence[str]) -> Rule:
@@ -169,7 +183,11 @@ def own_rule(card: str) -> Found | None:
 
 def check(rule: Rule, name: str) -> None:
     """Raises ValueError for a kernel that isn't one of four terms, nor `BF16`; `name` is the rule's file."""
-    kernels = [BF16, *(config.name for config in fp4.configurations() if config.terms == TERMS[BF16])]
+    kernels = [BF16, *kernels_of(TERMS[BF16])]
     for bound in rule:
         if bound.kernel not in kernels:
             raise ValueError(f"{name}: {bound.kernel} can't answer for BF16, expected one of {', '.join(kernels)}")
+
+
+def _numbers(found: Any) -> dict[str, float]:
+    return {name: float(number) for name, number in found.items()}

@@ -3,7 +3,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from functools import partial
@@ -14,7 +13,7 @@ import torch
 from vllm_mxfp4_sm120.backends.native import Native, fp4, library
 from vllm_mxfp4_sm120.bench import timing
 from vllm_mxfp4_sm120.bench.models import Inputs, random_weights
-from vllm_mxfp4_sm120.fp4.plan import BF16, TERMS
+from vllm_mxfp4_sm120.fp4.plan import BF16, TERMS, only
 from vllm_mxfp4_sm120.memory import packed_bytes
 from vllm_mxfp4_sm120.moe import MoEShape
 from vllm_mxfp4_sm120.proof.problem import Proof, scattered, shape_of
@@ -59,18 +58,18 @@ def solve(layer: dict[str, Any], problem: dict[str, Any], device: str) -> Proof:
 
 def backends() -> dict[str, type[Native]]:
     """By kernel: the backend that takes it for every call. BF16's are as they are served."""
-    found = {BF16: with_kernel(None, Native.tolerance)}
-    for number, config in enumerate(fp4.configurations()):
+    found = {BF16: with_kernel(BF16, Native.tolerance)}
+    for config in fp4.configurations():
         if config.terms in TERMS.values():
-            found[config.name] = with_kernel(number, TOLERANCE[config.terms])
+            found[config.name] = with_kernel(config.name, TOLERANCE[config.terms])
     return found
 
 
-def with_kernel(number: int | None, error: float) -> type[Native]:
-    """The backend that computes every call with this FP4 kernel, with None as it does without any."""
+def with_kernel(name: str, error: float) -> type[Native]:
+    """The backend that computes every call with this FP4 kernel, or with those for `BF16`."""
 
     class WithKernel(Native):
-        fp4_kernels = ((math.inf, number),)
+        fp4_kernels = only(name)
         has_router = False
         tolerance = error
 

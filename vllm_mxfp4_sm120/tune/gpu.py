@@ -15,14 +15,18 @@ from vllm_mxfp4_sm120.backends.base import Backend, Prepared
 from vllm_mxfp4_sm120.backends.native import Native, library
 from vllm_mxfp4_sm120.backends.native import tuning as native_tuning
 from vllm_mxfp4_sm120.backends.triton import Tiles, Triton
-from vllm_mxfp4_sm120.backends.tuning import Family, Rule, choose
+from vllm_mxfp4_sm120.backends.tuning import Bound, Family, Rule, choose
 from vllm_mxfp4_sm120.bench import timing
 from vllm_mxfp4_sm120.bench.experts import TOLERANCE
 from vllm_mxfp4_sm120.bench.measure import checked, expect_cuda_alive, one_line, walks_of
 from vllm_mxfp4_sm120.bench.models import Inputs, Judge, Model, model, random_weights
+from vllm_mxfp4_sm120.fp4 import plan
+from vllm_mxfp4_sm120.platform import Machine
 from vllm_mxfp4_sm120.tune.session import ROUNDS, Job, Timed
-from vllm_mxfp4_sm120.tune.sizes import Size, around
+from vllm_mxfp4_sm120.tune.sizes import Size, around, grid
 
+# FP4 kernels are timed from so many tokens on: below, an expert has a few, and weights take the time.
+FIRST = 64
 REPLAYS = 5  # of a kernel in each round; their median is the round's
 # Tiles worth trying against those of a rule, by block_m: all are multiples that the kernels' MMA takes, and what asks
 # for more shared memory or registers than the card has fails when it is compiled, and is left out.
@@ -58,6 +62,23 @@ def jobs(card: str, models: Sequence[Model]) -> list[Job]:
         tiles = triton.found(card).rule
         found.append(Job(Family.TRITON, triton.version(), tiles, sizes(tiles), partial(tried, tiles)))
     return found
+
+
+def fp4_jobs(machine: Machine, models: Sequence[Model]) -> list[Job]:
+    """From how many tokens on four FP4 terms are faster than BF16: at many sizes, for nobody knows a border yet.
+
+    None where they can't run, or haven't proved themselves: a kernel that crashes would end the whole run. The library
+    must be loaded.
+    """
+    if any(plan.make(machine, each.experts, plan.BF16).reason is not None for each in models):
+        return []
+    own, most = plan.own_rule(machine.name), library.limits().tokens
+    rule = own.rule if own is not None else (Bound(plan.BF16),)
+    sizes: set[Size] = set()
+    for each in models:
+        sizes.update(grid(each.name, each.experts, FIRST, most), around(rule, each.name, each.experts, most))
+    kernels = [plan.BF16, *plan.kernels_of(plan.TERMS[plan.BF16])]
+    return [Job(Family.FP4, library.version(), rule, tuple(sorted(sizes)), lambda size: kernels)]
 
 
 def tried(rule: Rule, size: Size) -> list[str]:
@@ -120,7 +141,7 @@ class OnGpu:
         if self.device.type == "cuda":
             torch.cuda.empty_cache()
         sizes = model(name)
-        layer = (Native if family is Family.NATIVE else Triton)(sizes.experts)
+        layer = (Triton if family is Family.TRITON else Native)(sizes.experts)
         self._weights = random_weights(sizes.experts, self.device, 0)
         for seed in range(sizes.layers):
             self._prepared.append(layer.prepare(random_weights(sizes.experts, self.device, seed)))
@@ -133,6 +154,9 @@ def _fixed(family: Family, sizes: Model, kernel: str) -> Callable[[Prepared, Ten
     if family is Family.NATIVE:
         layer = native = Native(sizes.experts)
         native.configuration = [each.name for each in library.configurations()].index(kernel)
+    elif family is Family.FP4:
+        layer = native = Native(sizes.experts)
+        native.fp4_kernels = plan.only(kernel)
     else:
         layer = tiled = Triton(sizes.experts)
         tiled.tiles = Tiles.parse(kernel)

@@ -47,6 +47,12 @@ def around(rule: Rule, model: str, shape: MoEShape, most: int) -> list[Size]:
     return [Size(model, each, shape.num_experts, shape.top_k) for each in sorted(tokens) if 1 <= each <= most]
 
 
+def grid(model: str, shape: MoEShape, first: int, last: int) -> list[Size]:
+    """Sizes of a model between two, 19 % apart: four for each doubling."""
+    steps = range(math.ceil(4 * math.log2(last / first)) + 1)
+    return [Size(model, min(last, round(first * 2 ** (step / 4))), shape.num_experts, shape.top_k) for step in steps]
+
+
 def borders(bound: Bound, shape: MoEShape) -> Iterable[float]:
     """A line's bounds in tokens of a model."""
     per_expert = bound.tokens_per_expert * shape.num_experts / shape.top_k

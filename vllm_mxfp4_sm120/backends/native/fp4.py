@@ -30,7 +30,10 @@ def configurations() -> tuple[Configuration, ...]:
 
 def architectures() -> str:
     """The GPUs that they are compiled for, as of `library.load`; "" where there are none. It must be loaded."""
-    return str(torch.ops.mxfp4_sm120.fp4_architectures())
+    try:
+        return str(torch.ops.mxfp4_sm120.fp4_architectures())
+    except AttributeError:  # a library of an earlier version
+        return ""
 
 
 def why_not(capability: tuple[int, int] | None) -> str | None:
