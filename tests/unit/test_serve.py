@@ -197,6 +197,17 @@ def test_the_server_is_ended_by_a_signal_that_it_hears(ignored, sent, tmp_path):
     assert ignores == ignored and f"ended cleanly by {sent}" in (tmp_path / "log").read_text()
 
 
+def test_nobody_reads_what_it_prints(tmp_path, monkeypatch):
+    """As with `| head -1`: the server ends with the command."""
+    reading, writing = os.pipe()
+    os.close(reading)
+    monkeypatch.setattr(sys, "stdout", os.fdopen(writing, "w"))
+    mark = f"MARK_OF_PIPE={os.getpid()}"
+    monkeypatch.setenv(*mark.split("="))
+    assert main(["serve", "model"]) == 141
+    wait_until(lambda: not processes(mark))
+
+
 OPTIONS = ["--host", "--uds", "--port", "--api-key", "--served-model-name", "--ssl-certfile", "-h", "--", "-x"]
 
 

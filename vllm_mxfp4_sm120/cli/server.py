@@ -180,7 +180,7 @@ class Server:
 
     def complete(self, prompt: str | list[int], max_tokens: int, **options: Any) -> dict[str, Any]:
         """One greedy completion over HTTP, as /v1/completions answers it. Raises RuntimeError with what it refused."""
-        # The chat endpoint would need GPT-OSS's own vocabulary from the network.
+        # Not chat's: that wants GPT-OSS's own vocabulary of the model, which small ones don't have.
         model = next(iter(self.address.names), self.model)
         body = {"model": model, "prompt": prompt, "max_tokens": max_tokens, "temperature": 0, **options}
         try:
