@@ -56,6 +56,7 @@ cmake --build "$build" --parallel "${MAX_JOBS:-$(nproc)}"
 case $kind in
   native | stub)
     # Put in place whole: a server that has the old library loaded keeps it.
+    trap 'rm -f "$output.part"' EXIT
     cp "$build/_native.so" "$output.part"
     mv "$output.part" "$output"
     echo "built: $output ($kind)"

@@ -17,6 +17,7 @@ from pathlib import Path
 from vllm_mxfp4_sm120.backends.native import library
 from vllm_mxfp4_sm120.cache import make_folder, others_may_write
 from vllm_mxfp4_sm120.cli.ending import Outcome
+from vllm_mxfp4_sm120.drafts import draft_of
 
 EXAMPLES = """examples:
   mxfp4-sm120 build
@@ -75,9 +76,8 @@ def finish(targets: Sequence[Path], cards: Sequence[str]) -> None:
     """The first of the targets has been built: the others are copies, and what is older isn't found any more."""
     targets[0].chmod(0o644)  # whatever the umask is: what others may write isn't loaded
     for other in targets[1:]:
-        draft = other.with_suffix(".part")
-        shutil.copy(targets[0], draft)
-        os.replace(draft, other)
+        with draft_of(other) as draft:
+            shutil.copyfile(targets[0], draft)
     if targets[0] == library.LIBRARY:
         for path in map(_cached, cards):
             if path is not None:

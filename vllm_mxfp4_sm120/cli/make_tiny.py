@@ -333,7 +333,7 @@ def write_tokenizer(directory: Path, vocab_size: int) -> None:
         show_progress=False,
     )
     tokenizer.train_from_iterator([TEXT], trainer)
-    (directory / "tokenizer.json").write_text(tokenizer.to_str(pretty=True))
+    (directory / "tokenizer.json").write_text(tokenizer.to_str(pretty=True), encoding="utf-8")
     names = {
         "tokenizer_class": "PreTrainedTokenizerFast",
         "bos_token": SPECIAL_TOKENS[0],

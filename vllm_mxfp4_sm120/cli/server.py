@@ -90,8 +90,8 @@ def _config_arguments(path: Path) -> list[str]:
     import yaml  # vLLM brings it
 
     try:
-        given = yaml.safe_load(path.read_text())
-    except (yaml.YAMLError, UnicodeDecodeError, RecursionError):
+        given = yaml.safe_load(path.read_bytes())
+    except (yaml.YAMLError, RecursionError):
         raise ValueError(f"--config {path} is not YAML") from None
     if not isinstance(given, dict):
         raise ValueError(f"--config {path} is {type(given).__name__}, expected a mapping of options to values")

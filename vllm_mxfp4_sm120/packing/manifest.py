@@ -22,7 +22,7 @@ def write_sums(directory: Path, known: Mapping[str, str], leave_out: str = "") -
     """List every file of the folder but one; those in `known` were summed when they were written."""
     names = sorted(file.name for file in directory.iterdir() if file.is_file() and file.name not in (SUMS, leave_out))
     lines = [f"{known.get(name) or sha256(directory / name)}  {name}\n" for name in names]
-    (directory / SUMS).write_text("".join(lines))
+    (directory / SUMS).write_text("".join(lines), encoding="utf-8", errors="surrogateescape")
 
 
 def verify(directory: Path) -> list[str]:
@@ -34,7 +34,7 @@ def verify(directory: Path) -> list[str]:
     if not path.is_file():
         raise ValueError(f"{path}: no such file, expected the manifest that `mxfp4-sm120 pack` writes")
     wrong = []
-    for number, line in enumerate(path.read_text().splitlines(), 1):
+    for number, line in enumerate(path.read_text(encoding="utf-8", errors="surrogateescape").splitlines(), 1):
         match = _LINE.fullmatch(line)
         if match is None:
             raise ValueError(f"{path}: line {number} is {line[:80]!r}, expected a SHA-256 and a file's name")
