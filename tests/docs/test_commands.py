@@ -86,8 +86,8 @@ def pytest_options(arguments: Sequence[str], config: pytest.Config) -> None:
 
 def our_command(arguments: Sequence[str], config: pytest.Config) -> None:
     command, *rest = arguments
-    assert command in (*COMMANDS, "COMMAND"), command
-    if not rest or command == "COMMAND":  # its name in running text
+    assert command in (*COMMANDS, "COMMAND", "--version"), command
+    if not rest or command == "COMMAND":  # its name in running text, or --version
         return
     here = rest.index("--") if "--" in rest else len(rest)
     parser = argparse.ArgumentParser(exit_on_error=False)

@@ -16,7 +16,7 @@ import pytest
 from safetensors import SafetensorError
 
 from tests.support.checkpoints import write_small
-from vllm_mxfp4_sm120 import packing
+from vllm_mxfp4_sm120 import __version__, packing
 from vllm_mxfp4_sm120.bench import limits
 from vllm_mxfp4_sm120.checkpoint import write
 from vllm_mxfp4_sm120.cli import bench, build, doctor, ending, inspect, make_tiny, serve, tune
@@ -26,13 +26,20 @@ from vllm_mxfp4_sm120.cli.ending import Outcome
 pytestmark = pytest.mark.usefixtures("one_thread", "home")
 
 
+@pytest.fixture(scope="module")
+def models(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
+    """A packed model and a BF16 one, to be read only."""
+    root = tmp_path_factory.mktemp("models")
+    write_small(root / "packed")
+    packing.unpack(root / "packed", root / "bf16")
+    return {name: str(root / name) for name in ("packed", "bf16")}
+
+
 @pytest.fixture
-def folders(tmp_path: Path) -> dict[str, str]:
-    """A packed model, a BF16 one, and a name for another."""
-    write_small(tmp_path / "packed")
-    packing.unpack(tmp_path / "packed", tmp_path / "bf16")
+def folders(models: dict[str, str], tmp_path: Path) -> dict[str, str]:
+    """Those, and a name for another."""
     (tmp_path / "out").mkdir()
-    return {name: str(tmp_path / name) for name in ("packed", "bf16", "out/new")}
+    return models | {"out/new": str(tmp_path / "out" / "new")}
 
 
 def run(line: str, folders: dict[str, str]) -> int:
@@ -205,6 +212,19 @@ def test_stderr_that_nobody_reads(folders, monkeypatch) -> None:
 )
 def test_errors_in_words(error: BaseException, words: str) -> None:
     assert ending.in_words(error).startswith(words)
+
+
+def test_without_a_command(capsys: pytest.CaptureFixture[str]) -> None:
+    for arguments, status, words in (
+        (["--version"], 0, f"mxfp4-sm120 {__version__}\n"),
+        (["--help"], 0, "mxfp4-sm120 COMMAND --help has examples."),
+        ([], 2, "the following arguments are required: COMMAND"),
+        (["docter"], 2, "invalid choice: 'docter'"),
+    ):
+        with pytest.raises(SystemExit) as ended:
+            main(arguments)
+        said = capsys.readouterr()
+        assert (ended.value.code or 0) == status and words in said.out + said.err
 
 
 def test_options_are_not_guessed(capsys: pytest.CaptureFixture[str]) -> None:

@@ -14,6 +14,7 @@ from collections.abc import Sequence
 from contextlib import nullcontext, redirect_stdout
 from types import ModuleType
 
+from vllm_mxfp4_sm120 import __version__
 from vllm_mxfp4_sm120.cli.ending import NOBODY_READS, STOPPED, Outcome, failed, in_words, settle, unwind_on_signals
 
 COMMANDS = {
@@ -72,6 +73,7 @@ def parsed(arguments: list[str]) -> tuple[ModuleType, argparse.Namespace]:
         here = arguments.index("--")
         arguments, passed_on = arguments[:here], arguments[here + 1 :]
     parser = argparse.ArgumentParser(prog="mxfp4-sm120", description="MXFP4 GPT-OSS experts for vLLM", epilog=EPILOG)
+    parser.add_argument("--version", action="version", version=f"%(prog)s {__version__}")
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
     module = None
     for name, summary in COMMANDS.items():
