@@ -232,5 +232,5 @@ def test_options_are_not_guessed(capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit):
         main(["doctor", "--js"])
     assert "unrecognized arguments: --js" in capsys.readouterr().err
-    module, args = parsed(["serve", "m", "--", "--json"])
-    assert isinstance(module, ModuleType) and args.passed_on == ["--json"]
+    module, args = parsed(["inspect", "m", "--json"])
+    assert isinstance(module, ModuleType) and args.json

@@ -51,9 +51,11 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def dispatch(arguments: list[str]) -> int:
     """As `main`. Raises BrokenPipeError."""
+    here = arguments.index("--") if "--" in arguments else len(arguments)
+    arguments, passed_on = arguments[:here], arguments[here + 1 :]  # argparse would mix them
     name, as_json = next(iter(arguments), ""), "--json" in arguments
     try:
-        module, args = parsed(arguments)
+        module, args = parsed(arguments, passed_on)
         # What libraries print isn't the report; a command without one prints by itself.
         with redirect_stdout(sys.stderr) if "json" in args else nullcontext():
             outcome: Outcome = module.run(args)
@@ -66,12 +68,8 @@ def dispatch(arguments: list[str]) -> int:
         return failed(name, in_words(error), as_json)
 
 
-def parsed(arguments: list[str]) -> tuple[ModuleType, argparse.Namespace]:
-    """The command's module, and its arguments; what follows -- is `passed_on`. Wrong ones end the program, status 2."""
-    passed_on: list[str] = []
-    if "--" in arguments:  # argparse mixes what follows with a command's own options
-        here = arguments.index("--")
-        arguments, passed_on = arguments[:here], arguments[here + 1 :]
+def parsed(arguments: list[str], passed_on: Sequence[str] = ()) -> tuple[ModuleType, argparse.Namespace]:
+    """The command's module, and its arguments; `passed_on` is what followed --. Wrong ones end the program (2)."""
     parser = argparse.ArgumentParser(prog="mxfp4-sm120", description="MXFP4 GPT-OSS experts for vLLM", epilog=EPILOG)
     parser.add_argument("--version", action="version", version=f"%(prog)s {__version__}")
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
