@@ -4,8 +4,8 @@
 from __future__ import annotations
 
 import argparse
-import os
 import sys
+import tempfile
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -84,9 +84,12 @@ def target(card: str) -> Path:
     path = tuning.user_path(card)
     if path is None:
         raise RuntimeError("this user has no home directory to keep a rule in: set XDG_CONFIG_HOME, or give --dry-run")
-    make_folder(path.parent)
-    if not os.access(path.parent, os.W_OK):
-        raise PermissionError(f"{path.parent} can't be written: set XDG_CONFIG_HOME, or give --dry-run")
+    try:
+        make_folder(path.parent)
+        tempfile.TemporaryFile(dir=path.parent).close()
+    except OSError as error:
+        why = error.strerror or error
+        raise OSError(f"{path.parent} can't be written ({why}): set XDG_CONFIG_HOME, or give --dry-run") from error
     return path
 
 
