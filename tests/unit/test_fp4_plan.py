@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import inspect
 import json
 import math
 from dataclasses import asdict
@@ -175,6 +176,7 @@ def test_the_card_is_asked_once(child: list) -> None:
     asked = {"layer": asdict(GPT_OSS), "problem": problem, "device": "cuda:0"}
     assert child[1:] == [(f"{trial.__name__}:{trial.solve.__name__}", asked, 300)]
     assert json.loads(json.dumps(asked)) == asked
+    inspect.signature(trial.solve).bind(**asked)
     plan.make(RTX_5090, MoEShape(32, 32, 2880, 1440, 4), "bf16")
     assert len(child) == 3
 
