@@ -78,15 +78,15 @@ def generate(
     ranks = engine.get("tensor_parallel_size", 1) * engine.get("pipeline_parallel_size", 1)
     how = (ONE_PROCESS if ranks == 1 else ONE_OF_SEVERAL) | (EAGER if engine.get("enforce_eager") else {})
     task = {"engine": engine, "prompts": prompts, "max_tokens": MAX_TOKENS, "rounds": rounds, "score": score}
-    task |= {"vllm_routes": vllm_routes, "adapters": adapters, "result": str(directory / RESULT)}
-    command = [sys.executable, "-m", "tests.engine.generate"]
+    task |= {"vllm_routes": vllm_routes, "adapters": adapters}
+    command = [sys.executable, "-m", "tests.engine.generate", str(directory / RESULT)]
     options = {"cwd": Path(__file__).parents[2], "env": {**ENV, **how, **(env or {})}, "text": True}
     # Tied, for ranks outlive their engine's process: none is left to whoever stops the tests.
     with (
         (directory / "engine.log").open("w") as log,
         tied(command, stdin=subprocess.PIPE, stdout=log, stderr=subprocess.STDOUT, **options) as process,
     ):
-        process.communicate(json.dumps([task]), timeout=600)
+        process.communicate(json.dumps(task), timeout=600)
     if process.returncode:
         raise subprocess.CalledProcessError(process.returncode, command)
     return Answers.read(directory)

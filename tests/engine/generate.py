@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""vLLM engines in a process of their own, one after the other: a JSON list of tasks on stdin.
+"""One vLLM engine in a process of its own: a JSON task on stdin, a JSON result into the file named by argv[1].
 
 Run as a module, from the repository's root.
 
-Task: {"result": the file for its JSON result, "engine": LLM's keyword arguments, "prompts": [[token id]],
+Task: {"engine": LLM's keyword arguments, "prompts": [[token id]],
 "adapters": [a LoRA's folder or null, for each prompt] or null, "max_tokens": n, "rounds": n, "vllm_routes": bool,
 "score": bool}.
 Result: {"quantization": ..., "layers": [{layer: [method, backend, bytes]} per rank], "tokens": [[id]],
@@ -15,7 +15,6 @@ the tokens and what follows them are those of the last round.
 
 from __future__ import annotations
 
-import gc
 import json
 import sys
 from pathlib import Path
@@ -41,13 +40,14 @@ def let_vllm_route(model) -> None:
             module.quant_method.routes = False
 
 
-def answer(task: dict) -> dict:
+def main() -> None:
     from vllm import LLM, SamplingParams
     from vllm.lora.request import LoRARequest
 
     # Ranks in other processes find a function by its module, which for them is not __main__.
     from tests.engine.generate import let_vllm_route, who_answers
 
+    task = json.load(sys.stdin)
     llm = LLM(**task["engine"])
     if task["vllm_routes"]:
         llm.apply_model(let_vllm_route)
@@ -59,7 +59,7 @@ def answer(task: dict) -> dict:
         requests = llm.generate(prompts, sampling, use_tqdm=False, lora_request=adapters)
     outputs = [request.outputs[0] for request in requests]
     counted = task["engine"].get("disable_log_stats", True) is False
-    return {
+    result = {
         "quantization": llm.llm_engine.model_config.quantization,
         "layers": llm.apply_model(who_answers),
         "tokens": [list(output.token_ids) for output in outputs],
@@ -75,22 +75,7 @@ def answer(task: dict) -> dict:
         "cached": sum(request.num_cached_tokens or 0 for request in requests),
         "metrics": {m.name: m.value for m in llm.get_metrics() if hasattr(m, "value")} if counted else {},
     }
-
-
-def main() -> None:
-    tasks = json.load(sys.stdin)
-    for task in tasks:
-        Path(task["result"]).write_text(json.dumps(answer(task)))
-        if len(tasks) > 1:
-            clean_up()
-
-
-def clean_up() -> None:
-    """So that another engine finds a process without groups of ranks, and the first one's memory."""
-    from vllm.distributed import cleanup_dist_env_and_memory
-
-    gc.collect()
-    cleanup_dist_env_and_memory()
+    Path(sys.argv[1]).write_text(json.dumps(result))
 
 
 if __name__ == "__main__":

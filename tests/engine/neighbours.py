@@ -13,6 +13,14 @@ import sys
 from pathlib import Path
 
 
+def clean_up() -> None:
+    """After an engine, so that the next one finds neither its groups of ranks nor its memory."""
+    from vllm.distributed import cleanup_dist_env_and_memory
+
+    gc.collect()
+    cleanup_dist_env_and_memory()
+
+
 def main() -> None:
     result, *folders = sys.argv[1:]
     if "--without" in folders:
@@ -21,7 +29,6 @@ def main() -> None:
         module, _, name = symbol.partition(":")
         delattr(importlib.import_module(module), name)
     from vllm import LLM, SamplingParams
-    from vllm.distributed import cleanup_dist_env_and_memory
 
     sampling = SamplingParams(temperature=0.0, max_tokens=12, ignore_eos=True, logprobs=0)
     prompts = [{"prompt_token_ids": list(range(3, 3 + length))} for length in (1, 5, 40)]
@@ -41,8 +48,7 @@ def main() -> None:
             for output in outputs
         ]
         del llm
-        gc.collect()
-        cleanup_dist_env_and_memory()
+        clean_up()
     Path(result).write_text(json.dumps(answers))
 
 

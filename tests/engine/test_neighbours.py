@@ -138,7 +138,7 @@ def test_other_models_answer_the_same(tmp_path: Path) -> None:
     answers, logs = [], []
     for name, env, arguments in (
         ("without", {"VLLM_PLUGINS": ""}, []),
-        ("healthy", {}, []),
+        ("healthy", {"MXFP4_SM120_DENSE": "int8"}, []),
         ("broken", {}, ["--without", broken]),
     ):
         result = tmp_path / f"{name}.json"

@@ -17,8 +17,8 @@ from vllm_mxfp4_sm120.cli.make_tiny import make_tiny
 ROOT = Path(__file__).parents[2]
 
 
-def run(model: Path, other: Path, ranks: int = 1) -> list[list[list[float]]]:
-    """What tests/engine/weights.py prints last."""
+def run(model: Path, other: Path, ranks: int = 1) -> list[list[list[list[float]]]]:
+    """What tests/engine/weights.py prints last: answers, for `dense` off and on one rank int8."""
     env = EAGER | (ONE_OF_SEVERAL if ranks > 1 else ONE_PROCESS)
     arguments = json.dumps({"enforce_eager": True, "tensor_parallel_size": ranks})
     done = subprocess.run(
@@ -30,7 +30,7 @@ def run(model: Path, other: Path, ranks: int = 1) -> list[list[list[float]]]:
         timeout=300,
     )
     assert done.returncode == 0, done.stdout + done.stderr
-    return json.loads(next(line for line in reversed(done.stdout.splitlines()) if line.startswith("[[[")))
+    return json.loads(next(line for line in reversed(done.stdout.splitlines()) if line.startswith("[[[[")))
 
 
 @pytest.mark.skipif(torch.cuda.device_count() == 1, reason="two ranks need two GPUs, or none")
@@ -40,6 +40,7 @@ def test_reloaded_updated_and_back(tiny: Path, tiny_config: dict, tmp_path: Path
     make_tiny(other, tiny_config, seed=1)
     fresh = run(other, other)
     assert run(tiny, other) == fresh
-    two_ranks = run(tiny, other, ranks=2)
-    assert [[token for token, _ in answer] for answer in two_ranks] == [[token for token, _ in a] for a in fresh]
-    assert (torch.tensor(two_ranks) - torch.tensor(fresh)).abs().max() < 2e-2
+    assert len(fresh) == 2 and fresh[0] != fresh[1]
+    one_rank, (two_ranks,) = fresh[0], run(tiny, other, ranks=2)
+    assert [[token for token, _ in answer] for answer in two_ranks] == [[token for token, _ in a] for a in one_rank]
+    assert (torch.tensor(two_ranks) - torch.tensor(one_rank)).abs().max() < 2e-2

@@ -2,8 +2,8 @@
 """An engine whose weights change while it runs: python -m tests.engine.weights MODEL OTHER [JSON of LLM's arguments]
 
 MODEL and OTHER are checkpoints of one shape. Asserts; the last line printed is the answers [[token, logprob]] of OTHER,
-put in MODEL's place. With MODEL twice these are its own, nothing being changed. `--sleep` also sends the engine to
-sleep, which needs a GPU.
+put in MODEL's place, one list of them for each kind of `dense`. With MODEL twice these are its own, nothing being
+changed. `--sleep` also sends the engine to sleep, which needs a GPU.
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
+from tests.engine.neighbours import clean_up
 from tests.faults.damage import with_value, without
 
 SHARD = "model-00001-of-00001.safetensors"
@@ -196,12 +197,20 @@ def main() -> None:
     model, other, *rest = sys.argv[1:]
     sleeps = "--sleep" in rest
     arguments = json.loads(next((text for text in rest if text.startswith("{")), "{}"))
-    engine = Engine(model, sleeps, arguments)
-    if model == other:
-        print(json.dumps(engine.answer))
-        return
+    one_rank = arguments.get("tensor_parallel_size", 1) == 1
+    found = []
+    for kind in ("off", "int8") if one_rank else ("off",):
+        engine = Engine(model, sleeps, {**arguments, "additional_config": {"mxfp4_sm120": {"dense": kind}}})
+        found.append(engine.answer if model == other else changed(engine, other, one_rank, sleeps))
+        del engine
+        clean_up()
+    print(json.dumps(found))
+
+
+def changed(engine: Engine, other: str, one_rank: bool, sleeps: bool) -> list:
+    """All that can be done to one engine. Returns the answers of OTHER."""
     second = changes(engine, other)
-    if arguments.get("tensor_parallel_size", 1) == 1:
+    if one_rank:
         refusals(engine, other)
     for level in (1, 2) if sleeps else ():
         engine.llm.sleep(level=level)
@@ -210,7 +219,7 @@ def main() -> None:
             engine.reload()
         engine.llm.wake_up(tags=["kv_cache"])
         engine.expect_the_first(f"asleep at level {level}")
-    print(json.dumps(second))
+    return second
 
 
 if __name__ == "__main__":
