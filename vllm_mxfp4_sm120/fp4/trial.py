@@ -16,8 +16,7 @@ from vllm_mxfp4_sm120.bench.models import Inputs, random_weights
 from vllm_mxfp4_sm120.fp4.plan import BF16, TERMS, only
 from vllm_mxfp4_sm120.memory import packed_bytes
 from vllm_mxfp4_sm120.moe import MoEShape
-from vllm_mxfp4_sm120.proof.problem import Proof, scattered, shape_of
-from vllm_mxfp4_sm120.proof.problem import solve as solve_problem
+from vllm_mxfp4_sm120.proof.problem import Problem, Proof, scattered, shape_of
 
 # Below, an expert of gpt-oss-20b has less than 8 tokens on average, and weights take the time, which are the same
 # bytes for both; the last is what kernels take at once.
@@ -39,15 +38,16 @@ def solve(layer: dict[str, Any], problem: dict[str, Any], device: str) -> Proof:
         library.load()
         if torch.device(device).type == "cuda":
             torch.cuda.set_device(device)
-        kernels = backends()
+        kernels, solved = backends(), Problem(shape_of(problem), device)
         for name, kernel in kernels.items():
-            answer = solve_problem(kernel, shape_of(problem), device)
+            answer = solved.judge(kernel)
             if answer.reason is None:
                 errors[name] = answer.found["error"]
             elif name == BF16 or not answer.final:
                 return replace(answer, reason=f"{name}: {answer.reason}")
             else:
                 wrong[name] = answer.reason
+        del solved
         wrong |= less_exact(errors)
         right = {name: kernel for name, kernel in kernels.items() if name not in wrong}
         times = list(timings(right, shape_of(layer), torch.device(device))) if len(right) > 1 else []

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from vllm_mxfp4_sm120 import settings
-from vllm_mxfp4_sm120.backends.base import Backend
+from vllm_mxfp4_sm120.backends.base import Backend, Prepared
 from vllm_mxfp4_sm120.moe import Activation, MoEShape, MoEWeights, reference, topk_softmax
 from vllm_mxfp4_sm120.platform import Machine, current_gpu
 
@@ -134,43 +134,80 @@ def scattered(shape: MoEShape, device: torch.device | str) -> Tensor | None:
     return expert_map
 
 
+@dataclass(frozen=True)
+class Question:
+    """Tokens, where they go, and the layer's right answer float64 [M, H]."""
+
+    x: Tensor
+    logits: Tensor
+    topk_ids: Tensor
+    topk_weights: Tensor
+    right: Tensor
+
+
+class Problem:
+    """Random weights and questions, for any number of backends: what is right is computed once."""
+
+    def __init__(self, shape: MoEShape, device: torch.device | str) -> None:
+        self.shape, self.device, self.expert_map = shape, torch.device(device), scattered(shape, device)
+        self.weights = random_weights(shape, device)
+        outlier = outlier_columns(shape).to(device)
+        self.weights.w2_scale[:, outlier] += OUTLIER_LOG2
+        # Makes columns alike: each counts.
+        self.ordinary = torch.where(outlier, 2.0**-OUTLIER_LOG2, 1.0).double()
+        self.router, self.router_bias = random_router(shape, device)
+        self._questions: dict[int, Question] = {}
+
+    def question(self, tokens: int) -> Question:
+        if tokens not in self._questions:
+            x, logits = random_inputs(self.shape, tokens, self.device)
+            routing = topk_softmax(logits, self.shape.top_k)
+            right = reference(self.weights, x, *routing, self.shape.activation, self.expert_map)
+            self._questions[tokens] = Question(x, logits, *routing, right)
+        return self._questions[tokens]
+
+    def judge(self, backend: type[Backend]) -> Proof:
+        """Ask a backend all questions. `found`: the largest error of all."""
+        try:
+            worst = 0.0
+            layer = backend(self.shape)
+            prepared = layer.prepare(self.weights.clone())
+            for tokens in TOKENS if self.device.type == "cuda" else TOKENS[:2]:
+                for path, (answer, right, scale) in self._answers(layer, prepared, self.question(tokens)).items():
+                    if answer.shape != right.shape or answer.dtype != torch.bfloat16:
+                        expected = f"{torch.bfloat16} {list(right.shape)}"
+                        return Proof(f"answered {answer.dtype} {list(answer.shape)}, expected {expected}")
+                    error = relative_error(answer * scale, right * scale)
+                    if not error <= backend.tolerance:  # NaN fails too
+                        at = f"{error:.2g} at {tokens} tokens, {path}"
+                        return Proof(f"wrong numbers: relative error {at}, expected at most {backend.tolerance}")
+                    worst = max(worst, error)
+        except Exception as error:
+            return Proof.of_error(error)
+        return Proof(None, found={"error": worst})
+
+    def _answers(self, layer: Backend, prepared: Prepared, asked: Question) -> dict[str, tuple[Tensor, Tensor, Tensor]]:
+        """By way in: what a backend answers, what is right, and what makes columns alike."""
+        routed = layer.forward(prepared, asked.x, asked.topk_ids.int(), asked.topk_weights, self.expert_map)
+        from_logits = layer.forward_logits(prepared, asked.x, asked.logits, self.expert_map)
+        answers = {
+            "routed": (routed, asked.right, self.ordinary),
+            "from logits": (from_logits, asked.right, self.ordinary),
+        }
+        if layer.has_router:
+            right = asked.x.double() @ self.router.double().T + self.router_bias.double()
+            answer = layer.router_logits(asked.x, self.router, self.router_bias)
+            answers["the router"] = answer, right, torch.ones_like(right[0])
+        return answers
+
+
 def solve(backend: type[Backend], shape: MoEShape, device: torch.device | str) -> Proof:
     """Run the problem in this process and judge the answers. `found`: the largest error of all."""
     try:
-        worst = 0.0
-        expert_map = scattered(shape, device)
-        layer = backend(shape)
-        loaded = random_weights(shape, device)
-        outlier = outlier_columns(shape).to(device)
-        loaded.w2_scale[:, outlier] += OUTLIER_LOG2
-        ordinary = torch.where(outlier, 2.0**-OUTLIER_LOG2, 1.0).double()  # makes columns alike: each counts
-        weights = loaded.clone()
-        prepared = layer.prepare(loaded)
-        router, bias = random_router(shape, device)
-        for tokens in TOKENS if torch.device(device).type == "cuda" else TOKENS[:2]:
-            x, logits = random_inputs(shape, tokens, device)
-            topk_ids, topk_weights = topk_softmax(logits, shape.top_k)
-            expected = reference(weights, x, topk_ids, topk_weights, shape.activation, expert_map)
-            answers = {
-                "routed": (layer.forward(prepared, x, topk_ids.int(), topk_weights, expert_map), expected, ordinary),
-                "from logits": (layer.forward_logits(prepared, x, logits, expert_map), expected, ordinary),
-            }
-            if backend.has_router:
-                right = x.double() @ router.double().T + bias.double()
-                answers["the router"] = layer.router_logits(x, router, bias), right, torch.ones_like(right[0])
-            for path, (answer, right, scale) in answers.items():
-                if answer.shape != right.shape or answer.dtype != x.dtype:
-                    return Proof(
-                        f"answered {answer.dtype} {list(answer.shape)}, expected {x.dtype} {list(right.shape)}"
-                    )
-                error = relative_error(answer * scale, right * scale)
-                if not error <= backend.tolerance:  # NaN fails too
-                    at = f"{error:.2g} at {tokens} tokens, {path}"
-                    return Proof(f"wrong numbers: relative error {at}, expected at most {backend.tolerance}")
-                worst = max(worst, error)
+        problem = Problem(shape, device)
     except Exception as error:
         return Proof.of_error(error)
-    return Proof(None, found={"error": worst})
+    return problem.judge(backend)
 
 
 def solve_named(backend: str, shape: dict[str, Any], device: str) -> Proof:
