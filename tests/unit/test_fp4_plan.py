@@ -321,10 +321,11 @@ def test_the_layer_calls_what_was_chosen(monkeypatch: pytest.MonkeyPatch) -> Non
 class Off(Tiled):
     """As BF16 kernels are, and by `error` wrong."""
 
-    error = 0.0
+    error, least = 0.0, 1
 
     def forward(self, prepared, x, topk_ids, topk_weights, expert_map=None):
-        return super().forward(prepared, x, topk_ids, topk_weights, expert_map) * (1 + self.error)
+        error = self.error if len(x) >= self.least else 0.0
+        return super().forward(prepared, x, topk_ids, topk_weights, expert_map) * (1 + error)
 
 
 @pytest.fixture
@@ -369,6 +370,15 @@ def test_how_exact_kernels_must_be(kernels: dict) -> None:
     assert found["wrong"].keys() == expected.keys()
     assert all(found["wrong"][name].startswith(reason) for name, reason in expected.items())
     assert found["times"][0][1].keys() == {BF16, "terms3_tokens128", "terms2_tokens128"}
+
+
+def test_more_tokens_than_the_problem_has(kernels: dict, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A kernel that is wrong only there is found out by the BF16 kernels' answer, and isn't timed from there on."""
+    monkeypatch.setattr(Off, "least", 8)
+    kernels[LARGE] = 3e-2
+    found = trial.solve(asdict(HALF), asdict(HALF), "cpu").found
+    assert found["wrong"] == {LARGE: "0.03 from BF16 kernels' answer at 8 tokens, expected at most 0.02"}
+    assert [LARGE in by_kernel for _, by_kernel in found["times"]] == [True, False]
 
 
 def test_a_kernel_that_raises_and_bf16_kernels_that_are_wrong(kernels: dict, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -151,7 +151,7 @@ def rule_of(times: Sequence[Times], names: Sequence[str]) -> Rule:
     first = math.inf
     for timed in sorted(times, key=lambda each: each.tokens, reverse=True):
         fastest = min(names, key=timed.by_kernel.__getitem__)
-        if timed.by_kernel[fastest] > proof.MARGIN * timed.by_kernel[BF16]:
+        if not timed.by_kernel[fastest] <= proof.MARGIN * timed.by_kernel[BF16]:
             break
         first = timed.tokens
         if not rule:

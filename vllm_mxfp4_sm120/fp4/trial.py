@@ -16,7 +16,7 @@ from vllm_mxfp4_sm120.bench.models import Inputs, random_weights
 from vllm_mxfp4_sm120.fp4.plan import BF16, TERMS, only
 from vllm_mxfp4_sm120.memory import packed_bytes
 from vllm_mxfp4_sm120.moe import MoEShape
-from vllm_mxfp4_sm120.proof.problem import Problem, Proof, scattered, shape_of
+from vllm_mxfp4_sm120.proof.problem import Problem, Proof, relative_error, scattered, shape_of
 
 # Below, an expert of gpt-oss-20b has less than 8 tokens on average, and weights take the time, which are the same
 # bytes for both; the last is what kernels take at once.
@@ -49,8 +49,7 @@ def solve(layer: dict[str, Any], problem: dict[str, Any], device: str) -> Proof:
                 wrong[name] = answer.reason
         del solved
         wrong |= less_exact(errors)
-        right = {name: kernel for name, kernel in kernels.items() if name not in wrong}
-        times = list(timings(right, shape_of(layer), torch.device(device))) if len(right) > 1 else []
+        times = list(timings(kernels, wrong, shape_of(layer), torch.device(device)))
     except Exception as error:
         return Proof.of_error(error)
     return Proof(None, found={"errors": errors, "wrong": wrong, "times": times})
@@ -87,8 +86,13 @@ def less_exact(errors: Mapping[str, float]) -> dict[str, str]:
     }
 
 
-def timings(kernels: Mapping[str, type[Native]], shape: MoEShape, device: torch.device) -> Iterator[list[Any]]:
-    """Of the layer as it will be served, at each size: the tokens, and microseconds by kernel."""
+def timings(
+    kernels: Mapping[str, type[Native]], wrong: dict[str, str], shape: MoEShape, device: torch.device
+) -> Iterator[list[Any]]:
+    """Of the layer as it will be served, at each size: the tokens, and microseconds by kernel that isn't `wrong`.
+
+    Which are wrong at more tokens than the proof's problem has is added to them.
+    """
     copies = timing.copies_beyond_cache(packed_bytes(shape), device)
     prepared = [kernels[BF16](shape).prepare(random_weights(shape, device, seed)) for seed in range(copies)]
     expert_map = scattered(shape, device)
@@ -100,6 +104,13 @@ def timings(kernels: Mapping[str, type[Native]], shape: MoEShape, device: torch.
                 for weights, logits in zip(prepared, inputs.logits, strict=True)
             ]
             for name, kernel in kernels.items()
+            if name not in wrong
         }
+        right = calls[BF16][0]().double()
+        for name in [name for name in calls if name != BF16]:
+            error, most = relative_error(calls[name][0](), right), kernels[name].tolerance + Native.tolerance
+            if not error <= most:  # NaN fails too
+                wrong[name] = f"{error:.2g} from BF16 kernels' answer at {tokens} tokens, expected at most {most:.2g}"
+                del calls[name]
         times = timing.per_call(calls, device, REPLAYS)
         yield [tokens, {name: round(time, 1) for name, time in times.items()}]
