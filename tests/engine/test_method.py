@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import logging
+import math
 import pickle
 from types import SimpleNamespace
 
@@ -15,9 +16,12 @@ from vllm.model_executor.layers.fused_moe.config import RoutingMethodType
 from vllm.model_executor.layers.fused_moe.router.gate_linear import GateLinear
 from vllm.model_executor.layers.quantization import get_quantization_config
 
-from vllm_mxfp4_sm120 import plugin
+from vllm_mxfp4_sm120 import plugin, selector
+from vllm_mxfp4_sm120.backends.native import Native, fp4, library
 from vllm_mxfp4_sm120.backends.tiled import Tiled
+from vllm_mxfp4_sm120.fp4.plan import BF16, Plan
 from vllm_mxfp4_sm120.moe import MoEShape, MoEWeights
+from vllm_mxfp4_sm120.platform import Machine
 from vllm_mxfp4_sm120.quantization import config as quantization_config
 from vllm_mxfp4_sm120.quantization import fused_moe
 from vllm_mxfp4_sm120.quantization import router as quantization_router
@@ -67,6 +71,36 @@ def test_config_reaches_workers() -> None:
     config = pickle.loads(pickle.dumps(Mxfp4Sm120Config.from_config({"quant_method": "mxfp4"})))
     assert config.checkpoint == {"quant_method": "mxfp4"}
     assert config.get_name() == "mxfp4_sm120"
+
+
+FOUR = Plan(None, 4, ((511, BF16), (math.inf, "terms4_tokens128")))
+
+
+@pytest.mark.parametrize(
+    ("backend", "capability", "plan", "line"),
+    [
+        (Native, (12, 0), FOUR, "4 FP4 terms from 512 tokens on, else BF16"),
+        (Native, (12, 1), Plan("no kernels"), "BF16 (no kernels)"),
+        (Native, (9, 0), FOUR, "4 FP4 terms from 512 tokens on, else BF16"),
+        (Native, (9, 0), Plan("no kernels"), None),
+        (Tiled, (12, 0), Plan("no kernels"), None),
+    ],
+)
+def test_the_log_says_what_activations_are(
+    monkeypatch: pytest.MonkeyPatch, backend: type, capability: tuple, plan: Plan, line: str | None
+) -> None:
+    """Where there is something to say, and the layer does what is said."""
+    lines: list[str] = []
+    monkeypatch.setattr(fused_moe.logger, "info_once", lambda text, *given: lines.append(text % given))
+    monkeypatch.setattr(library, "load", lambda: "120f-real")
+    monkeypatch.setattr(fp4, "configurations", lambda: (fp4.Configuration("terms4_tokens128", 4, 128, 256, 1),))
+    method = object.__new__(fused_moe.Mxfp4Sm120MoEMethod)
+    method.shape, method.compilation_config = SHAPE, SimpleNamespace(cudagraph_mode=None)
+    method.choose(selector.Choice(backend, "default", Machine(capability, (13, 0), "card"), activations=plan))
+    experts, *activations = lines
+    assert experts.startswith("mxfp4_sm120: MXFP4 experts on card")
+    assert activations == ([] if line is None else [f"mxfp4_sm120: activations of the experts: {line}"])
+    assert getattr(method.backend, "fp4_kernels", ()) == (((511, None), (math.inf, 0)) if plan is FOUR else ())
 
 
 def test_graphs_are_off_for_what_cannot_be_captured(said: list[str]) -> None:

@@ -30,6 +30,7 @@ from vllm_mxfp4_sm120.tune import gpu, session
 from vllm_mxfp4_sm120.tune.session import Timed
 from vllm_mxfp4_sm120.tune.sizes import Size
 
+in_child = proof.run_in_child
 TABLE = tuple(
     fp4.Configuration(f"terms{terms}_tokens{tokens}", terms, tokens, 128, 1024)
     for terms in (1, 2, 3, 4)
@@ -179,6 +180,13 @@ def test_the_card_is_asked_once(child: list) -> None:
     inspect.signature(trial.solve).bind(**asked)
     plan.make(RTX_5090, MoEShape(32, 32, 2880, 1440, 4), "bf16")
     assert len(child) == 3
+
+
+def test_in_a_process_of_its_own() -> None:
+    """What is asked gets there; here there is no library to ask."""
+    shape = asdict(SHAPE)
+    answer = in_child(plan.TRIAL, {"layer": shape, "problem": shape, "device": "cpu"}, 120)
+    assert answer.reason.startswith("OSError: Could not load this library") and not answer.final
 
 
 def write_rule(rule: list[dict], version: str | None = None) -> Path:
