@@ -36,11 +36,14 @@ def main() -> None:
             wrong = trial.what_is_wrong(problem)
             print(f"\n{layer} {shapes[layer]}: {wrong or 'every kernel is right'}", flush=True)
             names = [trial.TORCHS, *(config.name for _, config in trial.kernels(problem.shape))]
-            print(f"{'tokens':>7}" + "".join(f"{name:>15}" for name in names))
+            print(f"{'tokens':>7}" + "".join(f"{name:>21}" for name in names))
             copies = problem.copies()
             for tokens in map(int, given.tokens.split(",")):
                 times = trial.times_at(tokens, copies)
-                print(f"{tokens:7}" + "".join(f"{times[name]:15.2f}" for name in names), flush=True)
+                print(
+                    f"{tokens:7}" + "".join(f"{times[name]:21.2f}" if name in times else f"{'':21}" for name in names),
+                    flush=True,
+                )
             del problem, copies
             torch.cuda.empty_cache()
 

@@ -211,6 +211,17 @@ def dense_configs(library: ctypes.CDLL) -> list[str]:
     return found
 
 
+def dequantized(library: ctypes.CDLL, codes: Tensor, scales: Tensor) -> Tensor:
+    """codes int8 [N, K], scales bf16 [N, K/32] -> bf16 [N, K]."""
+    codes = aligned(codes)
+    out = torch.full(codes.shape, torch.nan, dtype=torch.bfloat16)
+    library.dense_dequantized.restype = ctypes.c_char_p
+    args = DenseArgs(None, pointer(codes), pointer(scales), None, pointer(out), None, 0, *codes.shape)
+    error = library.dense_dequantized(ctypes.byref(args))
+    assert error is None, error
+    return out
+
+
 def dense(
     library: ctypes.CDLL, config: int, x: Tensor, weight: Tensor, scale: Tensor | None, bias: Tensor | None
 ) -> Tensor:

@@ -71,6 +71,7 @@ def fuzz(calls: int) -> None:
                 (ops.router_logits, router),
                 (ops.dense_linear, linear),
                 (ops.dense_linear, linear | int8),
+                (ops.dense_dequantize, {name: int8[name] for name in ("weight", "scale")}),
             )
         )
         given = dict(given)
@@ -87,7 +88,7 @@ def fuzz(calls: int) -> None:
             assert ours or isinstance(error, NotImplementedError), (said, given)  # torch's own, without any tensor
             refused += 1
         else:
-            assert out.shape[0] == given["x"].shape[0] and out.dtype == torch.bfloat16, given
+            assert out.shape[0] == given["x" if "x" in given else "weight"].shape[0] and out.dtype == torch.bfloat16, given
             answered += 1
     for _ in range(calls):
         try:

@@ -12,14 +12,15 @@ import pytest
 import torch
 from torch import Tensor
 
-from tests.kernels.emulated import dense, dense_configs
+from tests.kernels.emulated import dense, dense_configs, dequantized
 from vllm_mxfp4_sm120.dense.int8 import Int8Weights
 
 pytestmark = pytest.mark.skipif(shutil.which("g++") is None, reason="needs g++")
 
-STREAMING = ("bf16_tokens16", "bf16_tokens32", "int8_tokens16", "int8_tokens32")
-TILED = ("bf16_128x16", "bf16_128x32", "bf16_128x64", "bf16_128x128")
-TILED += ("int8_128x16", "int8_128x32", "int8_128x64", "int8_256x64", "int8_128x128")
+STREAMING = ("bf16_rows24_tokens16", "bf16_rows40_tokens16", "bf16_rows24_tokens32", "bf16_rows40_tokens32")
+STREAMING += ("int8_rows40_tokens8", "int8_rows24_tokens16", "int8_rows40_tokens16", "int8_rows64_tokens16")
+STREAMING += ("int8_rows24_tokens32", "int8_rows40_tokens32")
+TILED = ("int8_128x64", "int8_128x128")
 CONFIGS = dict(enumerate(STREAMING + TILED))
 EACH = pytest.mark.parametrize("config", CONFIGS, ids=list(CONFIGS.values()))
 # Against float64 on the weights as given: of BF16 the output's rounding; INT8's own error is some 0.5 %.
@@ -33,10 +34,6 @@ def library(libraries: Callable[[int], ctypes.CDLL]) -> ctypes.CDLL:
 
 def is_int8(config: int) -> bool:
     return CONFIGS[config].startswith("int8")
-
-
-def k_multiple(config: int) -> int:
-    return 64 if CONFIGS[config] in TILED else 32
 
 
 def problem(tokens: int, rows: int, k: int, seed: int, config: int) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
@@ -57,13 +54,19 @@ def wrong_by(out: Tensor, expected: Tensor) -> float:
 def test_the_table(library: ctypes.CDLL):
     assert dense_configs(library) == list(CONFIGS.values())
     library.dense_chosen.restype = ctypes.c_char_p
-    for int8, kind in ((False, "bf16"), (True, "int8")):
-        for tokens, most in ((1, "tokens16"), (16, "tokens16"), (17, "tokens32"), (32, "tokens32")):
-            for k in (96, 128):
-                assert library.dense_chosen(int8, tokens, k).decode() == f"{kind}_{most}"
-        for tokens, most in ((33, "128x64"), (64, "128x64"), (65, "128x128"), (256, "128x128")):
-            assert library.dense_chosen(int8, tokens, 128).decode() == f"{kind}_{most}"
-            assert library.dense_chosen(int8, tokens, 96).decode() == f"{kind}_tokens32"
+    for int8, tokens, first_fit in (
+        (False, 1, "bf16_rows24_tokens16"),
+        (False, 16, "bf16_rows24_tokens16"),
+        (False, 17, "bf16_rows24_tokens32"),
+        (False, 256, "bf16_rows40_tokens32"),
+        (True, 8, "int8_rows40_tokens8"),
+        (True, 9, "int8_rows24_tokens16"),
+        (True, 32, "int8_rows24_tokens32"),
+        (True, 33, "int8_128x64"),
+        (True, 65, "int8_128x128"),
+        (True, 256, "int8_128x128"),
+    ):
+        assert library.dense_chosen(int8, tokens).decode() == first_fit
 
 
 @EACH
@@ -73,13 +76,13 @@ def test_right(library: ctypes.CDLL, config: int, seed: int):
     choose = random.Random(100 * config + seed)
     tokens = choose.choice((1, 2, 7, 8, 9, 15, 16, 17, 31, 33, 64, 70, 130 if seed == 3 else 40))
     rows = choose.choice((1, 5, 8, 39, 41, 80, 133, 250, 300))
-    k = k_multiple(config) * choose.choice((1, 2, 3, 7, 8, 9, 11, 12, 13))
+    k = 64 * choose.choice((1, 2, 3, 7, 8, 9, 11, 12, 13, 17))
     x, _, weight, scale = problem(tokens, rows, k, seed, config)
     bias = torch.randn(rows).bfloat16() if seed % 2 else None
     library.emulate([1, 2, 3, 9][seed % 4], True, seed)
     out = dense(library, config, x, weight, scale, bias).double()
-    # What the kernel multiplies with, exactly: only the streaming ones round a weight after its scale.
-    dtype = torch.bfloat16 if CONFIGS[config] in STREAMING else torch.float64
+    # What the kernel multiplies with, exactly: only the tiled ones round a weight after its scale.
+    dtype = torch.bfloat16 if CONFIGS[config] in TILED else torch.float64
     exact = (weight if scale is None else Int8Weights(weight, scale).decode(dtype=dtype)).double()
     offset = torch.zeros(rows, dtype=torch.float64) if bias is None else bias.double()
     expected = x.double() @ exact.T + offset
@@ -95,7 +98,9 @@ def test_error_of_a_layer(library: ctypes.CDLL, config: int):
     library.emulate(5, True, 0)
     out = dense(library, config, x, weight, scale, None)
     assert wrong_by(out, x.double() @ exact.T) <= (TOLERANCE_OF_INT8 if is_int8(config) else TOLERANCE)
-    if scale is not None and CONFIGS[config] in TILED:  # the weights' rounding to INT8 is all there is but the output's
+    if (
+        scale is not None and CONFIGS[config] in STREAMING
+    ):  # the weights' rounding to INT8 is all there is but the output's
         decoded = Int8Weights(weight, scale).decode(dtype=torch.float64)
         assert wrong_by(out, x.double() @ decoded.T) <= TOLERANCE
 
@@ -106,13 +111,22 @@ def test_the_same_bits_in_any_order(library: ctypes.CDLL, config: int):
 
     With any number of blocks, too, where that says nothing of how K is split.
     """
-    x, _, weight, scale = problem(20, 100, 32 * 30, 0, config)
+    x, _, weight, scale = problem(20, 100, 64 * 15, 0, config)
     outs = []
     for seed, blocks in enumerate((7, 7, 7) if CONFIGS[config] in TILED else (7, 7, 1, 3)):
         library.emulate(blocks, seed != 1, seed)
         outs.append(dense(library, config, x, weight, scale, None))
     outs.append(torch.cat([dense(library, config, x[i : i + 3], weight, scale, None) for i in range(0, 20, 3)]))
     assert all(torch.equal(out, outs[0]) for out in outs)
+
+
+@pytest.mark.parametrize(("rows", "k"), [(1, 32), (7, 96), (130, 2880)])
+def test_dequantized(library: ctypes.CDLL, rows: int, k: int):
+    """The same bits as torch's."""
+    weights = Int8Weights.quantize(torch.randn(rows, k) * torch.rand(rows, 1))
+    library.emulate(3, True, 0)
+    out = dequantized(library, weights.codes, weights.scales)
+    assert torch.equal(out, weights.decode(dtype=torch.bfloat16))
 
 
 @EACH

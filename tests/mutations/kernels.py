@@ -111,7 +111,9 @@ MUTATIONS = (
         "cp_async_wait<T::STAGES - 1>();",
         DENSE,
     ),
-    Mutation("the first scale for both halves of a step", "dense/tiled.cu", "16 - 16 * half", "16", DENSE),
+    Mutation("the first scale for both halves of a step", "dense/tiled.cu", "pair >> 16", "pair", DENSE),
+    Mutation("a queue's copies not waited for", "dense/linear.cu", "<S::AHEAD - 1>", "<S::AHEAD>", DENSE),
+    Mutation("INT8 without its sign", "dense/weights.cuh", "word ^ 0x80808080u", "word", DENSE),
     Mutation("the last part of K not added", "dense/tiled.cu", "part < split.parts", "part < split.parts - 1", DENSE),
     *fp4.MUTATIONS,
 )

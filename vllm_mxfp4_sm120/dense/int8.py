@@ -7,12 +7,14 @@ with the scale as stored, and would lose blocks below 2^-14.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 from torch.nn import functional
 
+Decode = Callable[[Tensor, Tensor], Tensor]
 BLOCK = 32  # values along K that share a scale
 LARGEST = 127  # -128 is left out, so that codes are symmetric
 # BF16's largest number would have the first scale, 127 times which is beyond BF16; it gets the next smaller one.
@@ -66,16 +68,23 @@ class Int8Weights:
         decoded: Tensor = blocks * (scales if dtype == torch.bfloat16 else scales.float())
         return decoded.flatten(-2).to(dtype)
 
-    def linear(self, x: Tensor, bias: Tensor | None = None) -> Tensor:
-        """x W^T + bias: x [..., K] -> [..., N], in the dtype of x, decoding at most `DECODED` weights at once."""
+    def linear(self, x: Tensor, bias: Tensor | None = None, decode: Decode | None = None) -> Tensor:
+        """x W^T + bias: x [..., K] -> [..., N], in the dtype of x, decoding at most `DECODED` weights at once.
+
+        `decode` makes the weights of codes and scales, in that dtype; None: `self.decode`.
+        """
         rows, columns = self.codes.shape
         parts = _parts(rows, columns, DECODED)
         if len(parts) == 1:
-            return functional.linear(x, self.decode(dtype=x.dtype), bias)
+            return functional.linear(x, self._decoded(parts[0], x.dtype, decode), bias)
         out = x.new_empty(*x.shape[:-1], rows)
         for part in parts:
-            out[..., part] = functional.linear(x, self.decode(part, x.dtype), None if bias is None else bias[part])
+            weight = self._decoded(part, x.dtype, decode)
+            out[..., part] = functional.linear(x, weight, None if bias is None else bias[part])
         return out
+
+    def _decoded(self, rows: slice, dtype: torch.dtype, decode: Decode | None) -> Tensor:
+        return self.decode(rows, dtype) if decode is None else decode(self.codes[rows], self.scales[rows])
 
     def relative_error(self, weight: Tensor) -> Tensor:
         """|decoded - weight| / |weight|, Frobenius, a float64 scalar on the weight's device; 0 for zeros."""

@@ -54,7 +54,9 @@ def torchs_linear(x: Tensor, weight: Tensor, scale: Tensor | None, bias: Tensor 
     """What answers where no kernel does, and what kernels are timed beside."""
     if scale is None:
         return functional.linear(x, weight, bias)
-    return Int8Weights(weight, scale).linear(x, bias)
+    # Where kernels were proved for this shape, the one that decodes was, too.
+    proved = (*weight.shape, True) in _kernels
+    return Int8Weights(weight, scale).linear(x, bias, native.dequantize if proved else None)
 
 
 # The wall before a compiled model, which vLLM keeps for later starts, on other cards, too: inside, what answers depends

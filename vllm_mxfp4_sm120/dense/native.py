@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 FIRST_FIT = -1  # of the kernels, the first that takes all tokens at once
+K_MULTIPLE = 64  # what K has to be one of (DENSE_STEP in kernels/csrc/dense/dense.h)
 
 
 @dataclass(frozen=True)
@@ -19,7 +20,6 @@ class DenseConfiguration:
     name: str
     int8: bool
     tokens: int  # that share one reading of the weights; more are taken in groups of so many
-    k_multiple: int  # K must be one of it
     threads: int
     shared_bytes: int
 
@@ -43,8 +43,14 @@ def linear(
 ) -> Tensor:
     """x bf16 [M, K], weight bf16 [N, K] or int8 with scale bf16 [N, K/32] (`Int8Weights`), bias bf16 [N] -> [M, N].
 
-    K is a multiple of 32 and M at most `max_tokens()`. `kernel` is a place in `configurations()`. Sums are FP32 in a
+    K is a multiple of 64 and M at most `max_tokens()`. `kernel` is a place in `configurations()`. Sums are FP32 in a
     fixed order, rounded once. Raises RuntimeError, in one line, for anything else.
     """
     out: Tensor = torch.ops.mxfp4_sm120.dense_linear(x, weight, scale, bias, kernel)
+    return out
+
+
+def dequantize(codes: Tensor, scales: Tensor) -> Tensor:
+    """codes int8 [N, K], scales bf16 [N, K/32], K a multiple of 32 -> the weights, bf16 [N, K], each rounded once."""
+    out: Tensor = torch.ops.mxfp4_sm120.dense_dequantize(codes, scales)
     return out

@@ -55,8 +55,8 @@ class Plan:
 
     def text(self, shape: LinearShape) -> str:
         """One line on a shape: which kernel at which numbers of tokens, and by how much it is faster there."""
-        if shape.columns % BLOCK:
-            return f"torch's linear: its {shape.columns} columns are no multiple of {BLOCK}"
+        if shape.columns % native.K_MULTIPLE:
+            return f"torch's linear: its {shape.columns} columns are no multiple of {native.K_MULTIPLE}"
         if self.reason is not None:
             return f"torch's linear: {self.reason}"
         parts = [
@@ -106,7 +106,7 @@ def why_not(machine: Machine) -> str | None:
 
 def make(layers: Mapping[str, LinearShape], machine: Machine, prove: bool = True) -> Plan:
     """Ask the card, or the record of an earlier answer. `prove` False: nothing is tried, so nothing is known."""
-    taken = sorted({shape for shape in layers.values() if shape.columns % BLOCK == 0})
+    taken = sorted({shape for shape in layers.values() if shape.columns % native.K_MULTIPLE == 0})
     if (reason := why_not(machine)) is not None:
         return Plan(reason)
     if not prove:

@@ -29,6 +29,7 @@ TIMED = (1, 2, 4, *range(8, 257, 8))
 TOLERANCE = 4e-3
 LARGEST_OUTPUT = 1 << 24  # rows times columns of weights that are in float64 at once
 REPLAYS = 7
+READINGS = 4  # of the weights: with more of them no kernel was ever the fastest
 LARGE = 1 << 28  # bytes of weights, of which one call in a graph is long enough
 TORCHS = "torch"  # its name among the kernels'
 
@@ -69,7 +70,9 @@ class Problem:
         return native.linear(x, self.weight, self.bias, self.scale, kernel)
 
     def torchs(self, x: Tensor) -> Tensor:
-        return torchs_linear(x, self.weight, self.scale, self.bias)
+        if self.scale is None:
+            return torchs_linear(x, self.weight, None, self.bias)
+        return Int8Weights(self.weight, self.scale).linear(x, self.bias, native.dequantize)
 
     def reference(self, x: Tensor) -> Tensor:
         """float64 [M, N], a few rows of the weights at a time."""
@@ -110,14 +113,21 @@ def inputs(shape: LinearShape, tokens: int, device: torch.device | str) -> Tenso
 
 def what_is_wrong(problem: Problem) -> str | None:
     """With the answers of any of the kernels, one line; None if all are right."""
+    if problem.scale is not None:
+        weights = Int8Weights(problem.weight, problem.scale)
+        if not torch.equal(native.dequantize(*vars(weights).values()), weights.decode(dtype=torch.bfloat16)):
+            return "wrong numbers: INT8 weights decoded to BF16 aren't what torch makes of them"
     x = inputs(problem.shape, max(CHECKED), problem.weight.device)
     right = problem.reference(x) / problem.row_sizes
+    # So that each token counts as much as any other in a row's error: else it is the large one's alone.
+    token_sizes = right.square().mean(1, keepdim=True).sqrt()
+    right /= token_sizes
     for kernel, config in kernels(problem.shape):
         for tokens in CHECKED:
             out = problem.ours(x[:tokens], kernel)
             if out.shape != right[:tokens].shape or out.dtype != x.dtype:
                 return f"{config.name} answered {out.dtype} {list(out.shape)}"
-            answer = out / problem.row_sizes
+            answer = out / problem.row_sizes / token_sizes[:tokens]
             error = relative_error(answer, right[:tokens])
             if tokens == max(CHECKED):
                 error = max(error, relative_error(answer.T, right.T))
@@ -130,14 +140,15 @@ def what_is_wrong(problem: Problem) -> str | None:
 def kernels(shape: LinearShape) -> Iterator[tuple[int, DenseConfiguration]]:
     """Those of the library that take the shape, by number."""
     for number, config in enumerate(native.configurations()):
-        if config.int8 == shape.int8 and shape.columns % config.k_multiple == 0:
+        if config.int8 == shape.int8:
             yield number, config
 
 
 def timings(problem: Problem) -> Iterator[Timing]:
-    """At each size the fastest of our kernels, and torch's."""
+    """At each size that any of our kernels takes well, the fastest of them, and torch's."""
     copies = problem.copies()
-    for tokens in TIMED:
+    most = READINGS * max(config.tokens for _, config in kernels(problem.shape))
+    for tokens in (tokens for tokens in TIMED if tokens <= most):
         times = times_at(tokens, copies)
         torchs = times.pop(TORCHS)
         name = min(times, key=times.__getitem__)
@@ -145,11 +156,13 @@ def timings(problem: Problem) -> Iterator[Timing]:
 
 
 def times_at(tokens: int, copies: list[Problem]) -> dict[str, float]:
-    """Microseconds of each kernel that takes the shape, and of torch's linear."""
+    """Microseconds of torch's linear, and of each kernel that reads the weights at most `READINGS` times."""
     shape, device = copies[0].shape, copies[0].weight.device
     x = inputs(shape, tokens, device)
     calls: dict[str, Callable[[Problem], Tensor]] = {TORCHS: lambda copy: copy.torchs(x)}
     for number, config in kernels(shape):
+        if tokens > READINGS * config.tokens:
+            continue
         calls[config.name] = partial(Problem.ours, x=x, kernel=number)
     return microseconds(calls, copies, device)
 

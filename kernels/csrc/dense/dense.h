@@ -12,7 +12,8 @@ namespace mxfp4_sm120 {
 // Of one call. For more tokens a GEMM is bound by arithmetic and a library's business.
 constexpr int DENSE_MAX_TOKENS = 256;
 constexpr int DENSE_MAX_K = 1 << 16, DENSE_MAX_N = 1 << 20;
-constexpr int DENSE_BLOCK = 32;  // K is a multiple of it; INT8 weights have a scale for each so many along K
+constexpr int DENSE_STEP = 64;   // K is a multiple of it
+constexpr int DENSE_BLOCK = 32;  // INT8 weights have a scale for each so many along K
 
 struct DenseArgs {        // all pointers on the current device, multiples of 16 but for scale (4) and bias (2)
   const void* x;          // bf16 [M, K]
@@ -28,8 +29,7 @@ struct DenseArgs {        // all pointers on the current device, multiples of 16
 struct DenseConfiguration {
   std::string name;
   bool int8;
-  int tokens;      // that share one reading of the weights; more are taken in groups of so many
-  int k_multiple;  // K must be one of it
+  int tokens;  // that share one reading of the weights; more are taken in groups of so many
   Footprint footprint;
   // What a call needs for sums that several blocks share.
   int64_t (*workspace_bytes)(const DenseArgs& args, const Device& device);
@@ -39,23 +39,21 @@ struct DenseConfiguration {
 // The table, for each kind of weights by tokens.
 const std::vector<DenseConfiguration>& dense_configurations();
 
+// INT8 weights, `weight` and `scale`, as bf16 [N, K] to `out`; as `launch`.
+const char* dense_dequantize(const DenseArgs& args, const Device& device, void* stream);
+
 // Why a configuration can't take a layer; empty if it can.
-inline std::string why_not(const DenseConfiguration& config, bool int8, int K) {
-  if (config.int8 != int8)
-    return config.name + " takes " + (config.int8 ? "int8" : "bfloat16") + " weights, not " +
-           (int8 ? "int8" : "bfloat16");
-  if (K % config.k_multiple != 0)
-    return config.name + " takes multiples of " + std::to_string(config.k_multiple) + " columns, not " +
-           std::to_string(K);
-  return "";
+inline std::string why_not(const DenseConfiguration& config, bool int8) {
+  if (config.int8 == int8) return "";
+  return config.name + " takes " + (config.int8 ? "int8" : "bfloat16") + " weights, not " +
+         (int8 ? "int8" : "bfloat16");
 }
 
-// For a caller who doesn't choose: the first that takes the layer and all tokens at once, or else the last that takes
-// the layer.
-inline const DenseConfiguration& first_fit(bool int8, int tokens, int K) {
+// For a caller who doesn't choose: the first that takes the layer and all tokens at once, or else the last.
+inline const DenseConfiguration& first_fit(bool int8, int tokens) {
   const DenseConfiguration* chosen = nullptr;
   for (const DenseConfiguration& config : dense_configurations())
-    if (why_not(config, int8, K).empty() && (chosen == nullptr || chosen->tokens < tokens)) chosen = &config;
+    if (config.int8 == int8 && (chosen == nullptr || chosen->tokens < tokens)) chosen = &config;
   return *chosen;
 }
 

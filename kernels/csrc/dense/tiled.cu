@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
-// y = x . weight^T + bias, above all for 17 tokens and more. In linear.cu each block reads all tokens from the L2
-// cache, and from some 32 on, that is more than its weights are. Here a block takes more rows and, to be as many blocks
-// as there are multiprocessors, part of K, and its warps share what it reads by way of shared memory:
+// y = x . weight^T + bias with INT8 weights, above all for 33 tokens and more. In linear.cu each block reads all tokens
+// from the L2 cache, and from some 32 on, that is more than its weights are. Here a block takes more rows and, to be as
+// many blocks as the card runs at once, part of K, and its warps share what it reads by way of shared memory:
 //
 //                     K, split in 3                     gridDim.x shares of the rows, as in linear.cu
 //               +---------+---------+---------+
@@ -9,17 +9,15 @@
 //               +---------+---------+---------+         of K, a second kernel. If K isn't split, there is none.
 //               | block 3 | ...
 //
-// A stage of the ring in shared memory is 64 k of the block's rows and tokens. 128 rows, 64 tokens, INT8:
+// A stage of the ring in shared memory is 64 k of the block's rows and tokens. 128 rows, 64 tokens:
 //
 //      weights   [half step of 32 k][row][32 bytes]                  8192 bytes
 //      scales    [row][of the first and of the second half]           512
 //      tokens    [half step][token][64 bytes]                        8192
 //
-// Products are m16n8k16 with 16 weight rows as A and 8 tokens as B. Which k a product's k means is free, as long as
-// both sides agree: lane 4g + q takes the eight adjacent k from 8q on of a half step, of rows g and g + 8 and of token
-// g, by one load each, the first four of them for the half step's first product. So all k of two products have the same
-// INT8 scale: the products are of whole numbers, exact in BF16, and the FP32 sum of 32 of them is scaled, not each
-// weight.
+// Products are m16n8k16 with 16 weight rows as A and 8 tokens as B, and the same order of k as in weights.cuh. With so
+// many tokens it is cheaper to scale each weight, rounding it once more to BF16 (0.17 % beside INT8's 0.5 %), than each
+// 32 k's sums.
 //
 // Same bits every run on a card; how K is split depends on the number of multiprocessors.
 #include <algorithm>
@@ -29,61 +27,43 @@
 #include "../common/pack.cuh"
 #include "rows.cuh"
 #include "table.h"
+#include "weights.cuh"
 
 namespace mxfp4_sm120 {
 namespace dense {
 namespace {
 
-constexpr int STEP = 64, HALF = 32;   // k of a stage, and of a scale
 constexpr int TOKEN_HALF = 2 * HALF;  // bytes of a token in a half step
+constexpr int CHUNKS = STEP / 16;     // copies of 16 bytes that a row takes in a stage
 
-// A lane's part of 16 weight rows in a half step: A of its two products.
-struct Fragments {
-  uint32_t a[2][4];
-};
-
-struct Bf16Rows {
-  static constexpr bool INT8 = false;
-  static constexpr int BYTES = 2;  // of a weight
-  __device__ __forceinline__ static Fragments load(uint32_t at, int lane) {
-    const uint4 upper = lds128(at + lane * 16), lower = lds128(at + 8 * HALF * BYTES + lane * 16);  // rows g and g + 8
-    return {{{upper.x, lower.x, upper.y, lower.y}, {upper.z, lower.z, upper.w, lower.w}}};
+// A lane's part of 16 weight rows in a half step, A of its two products; `scales` of rows g and g + 8, low halves.
+__device__ __forceinline__ void load_scaled(uint32_t (&a)[2][4], uint32_t at, const uint32_t (&scales)[2]) {
+  const int lane = threadIdx.x % 32;
+#pragma unroll
+  for (int i = 0; i < 2; ++i) {
+    const uint2 row = lds64(at + 8 * HALF * i + lane * 8);
+    const uint32_t words[2] = {offset_by_128(row.x), offset_by_128(row.y)};
+#pragma unroll
+    for (int j = 0; j < 4; ++j)
+      a[j / 2][j % 2 * 2 + i] = mul_bf16x2_by_lo(whole_pair(words[j / 2], j % 2 * 2), scales[i]);
   }
-};
-
-// Two of a word's int8 numbers as bf16, as in weights.cuh, unscaled: 128 + the low seven bits, less 128 or 256.
-__device__ __forceinline__ uint32_t whole_pair(uint32_t word, int first_byte) {
-  const uint32_t bytes = __byte_perm(word, 0x43434343u, first_byte == 0 ? 0x4140 : 0x4342);
-  return fma_bf16x2(bytes & 0xff7fff7fu, 0x3f803f80u, (bytes & 0xff80ff80u) ^ 0x80008000u);
 }
 
-struct Int8Rows {
-  static constexpr bool INT8 = true;
-  static constexpr int BYTES = 1;
-  __device__ __forceinline__ static Fragments load(uint32_t at, int lane) {
-    const uint2 upper = lds64(at + lane * 8), lower = lds64(at + 8 * HALF * BYTES + lane * 8);
-    return {{{whole_pair(upper.x, 0), whole_pair(lower.x, 0), whole_pair(upper.x, 2), whole_pair(lower.x, 2)},
-             {whole_pair(upper.y, 0), whole_pair(lower.y, 0), whole_pair(upper.y, 2), whole_pair(lower.y, 2)}}};
-  }
-};
-
 // A block's tile: warps side by side along rows and tokens, each with so many m16 and n8 tiles.
-template <typename Weights_, int ROW_WARPS_, int TOKEN_WARPS_, int ROW_TILES_, int TOKEN_TILES_, int STAGES_>
+template <int ROW_WARPS_, int TOKEN_WARPS_, int ROW_TILES_, int TOKEN_TILES_, int STAGES_, int BLOCKS_>
 struct Tile {
-  using Weights = Weights_;
   static constexpr int ROW_WARPS = ROW_WARPS_, TOKEN_WARPS = TOKEN_WARPS_, THREADS = 32 * ROW_WARPS * TOKEN_WARPS;
   static constexpr int ROW_TILES = ROW_TILES_, TOKEN_TILES = TOKEN_TILES_, STAGES = STAGES_;
+  static constexpr int BLOCKS = BLOCKS_;  // a multiprocessor, where its shared memory is large enough
   static constexpr int ROWS = 16 * ROW_TILES * ROW_WARPS, TOKENS = 8 * TOKEN_TILES * TOKEN_WARPS;
-  static constexpr int ROW_HALF = HALF * Weights::BYTES;  // bytes of a row in a half step
   // Where a stage's parts begin.
-  static constexpr int SCALES = 2 * ROWS * ROW_HALF, X = SCALES + (Weights::INT8 ? 4 * ROWS : 0);
+  static constexpr int SCALES = ROWS * STEP, X = SCALES + 4 * ROWS;
   static constexpr int STAGE_BYTES = X + 2 * TOKENS * TOKEN_HALF, BYTES = STAGES * STAGE_BYTES;
-  // Copies of 16 bytes: of a row and of a token in a stage, and a thread's.
-  static constexpr int ROW_CHUNKS = 2 * ROW_HALF / 16, TOKEN_CHUNKS = 2 * TOKEN_HALF / 16;
-  static constexpr int ROW_COPIES = ROWS * ROW_CHUNKS / THREADS;
-  static constexpr int TOKEN_COPIES = (TOKENS * TOKEN_CHUNKS + THREADS - 1) / THREADS;
+  // Copies of 16 bytes: of a token in a stage, and a thread's.
+  static constexpr int TOKEN_CHUNKS = 2 * TOKEN_HALF / 16;
+  static constexpr int ROW_COPIES = ROWS * CHUNKS / THREADS, TOKEN_COPIES = TOKENS * TOKEN_CHUNKS / THREADS;
   static_assert(BYTES <= MAX_SHARED_BYTES && STAGE_BYTES % 16 == 0 && STAGES >= 3);
-  static_assert(ROWS * ROW_CHUNKS % THREADS == 0 && ROWS <= THREADS);
+  static_assert(ROWS * CHUNKS % THREADS == 0 && TOKENS * TOKEN_CHUNKS % THREADS == 0 && ROWS <= THREADS);
 };
 
 // How a call is shared between blocks.
@@ -97,7 +77,6 @@ struct Split {
 // zeros.
 template <typename T>
 struct Loader {
-  using Weights = typename T::Weights;
   const DenseArgs& args;
   const Rows& rows;
   int begin, end;           // the block's steps along K
@@ -114,30 +93,24 @@ struct Loader {
   }
   __device__ __forceinline__ int exist() const { return min(rows.of_pass, rows.end - row); }
   __device__ __forceinline__ const uint8_t* weights_of(int r) const {
-    return static_cast<const uint8_t*>(args.weight) +
-           (static_cast<int64_t>(row + r) * args.K + step * STEP) * Weights::BYTES;
+    return static_cast<const uint8_t*>(args.weight) + static_cast<int64_t>(row + r) * args.K + step * STEP;
   }
   __device__ __forceinline__ void load_weights(uint32_t stage) const {
 #pragma unroll
     for (int i = 0; i < T::ROW_COPIES; ++i) {
-      const int chunk = threadIdx.x + i * T::THREADS, r = chunk / T::ROW_CHUNKS, part = chunk % T::ROW_CHUNKS;
-      constexpr int OF_HALF = T::ROW_CHUNKS / 2;
-      cp_async16_if(r < exist(), stage + (part / OF_HALF * T::ROWS + r) * T::ROW_HALF + part % OF_HALF * 16,
-                    weights_of(r) + part * 16);
+      const int chunk = threadIdx.x + i * T::THREADS, r = chunk / CHUNKS, part = chunk % CHUNKS;
+      cp_async16_if(r < exist(), stage + (part / 2 * T::ROWS + r) * HALF + part % 2 * 16, weights_of(r) + part * 16);
     }
-    if constexpr (Weights::INT8) {
-      const int r = threadIdx.x;
-      if (r < T::ROWS)
-        cp_async4_if(r < exist(), stage + T::SCALES + r * 4,
-                     args.scale + static_cast<int64_t>(row + r) * (args.K / HALF) + step * (STEP / HALF));
-    }
+    const int r = threadIdx.x;
+    if (r < T::ROWS)
+      cp_async4_if(r < exist(), stage + T::SCALES + r * 4,
+                   args.scale + static_cast<int64_t>(row + r) * (args.K / HALF) + step * (STEP / HALF));
   }
   __device__ __forceinline__ void load_tokens(uint32_t stage) const {
 #pragma unroll
     for (int i = 0; i < T::TOKEN_COPIES; ++i) {
       const int chunk = threadIdx.x + i * T::THREADS, t = chunk / T::TOKEN_CHUNKS, part = chunk % T::TOKEN_CHUNKS;
       constexpr int OF_HALF = T::TOKEN_CHUNKS / 2;
-      if (t >= T::TOKENS) continue;  // of 16 tokens, where half of the threads copy
       cp_async16_if(t < tokens && row < rows.end,
                     stage + T::X + (part / OF_HALF * T::TOKENS + t) * TOKEN_HALF + part % OF_HALF * 16,
                     static_cast<const uint16_t*>(args.x) + static_cast<int64_t>(first_token + t) * args.K +
@@ -146,7 +119,7 @@ struct Loader {
   }
   // What the next stages will copy.
   __device__ __forceinline__ void prefetch_weights() const {
-    const int r = threadIdx.x, bytes = min(T::STAGES - 1, end - begin) * STEP * Weights::BYTES;
+    const int r = threadIdx.x, bytes = min(T::STAGES - 1, end - begin) * STEP;
     if (r < exist())
       for (int at = 0; at < bytes; at += 128)
         prefetch_to_l2(weights_of(r) + at);
@@ -168,43 +141,31 @@ __device__ __forceinline__ void multiply(Accumulators<T>& acc, uint32_t stage) {
   const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
   const int first_row = warp / T::TOKEN_WARPS * 16 * T::ROW_TILES;
   const int first_token = warp % T::TOKEN_WARPS * 8 * T::TOKEN_TILES;
-  const uint32_t my_rows = stage + first_row * T::ROW_HALF;
+  const uint32_t my_rows = stage + first_row * HALF;
   const uint32_t my_scales = stage + T::SCALES + (first_row + lane / 4) * 4;
   const uint32_t my_tokens = stage + T::X + first_token * TOKEN_HALF + lane * 16;
   // Where a warp's tile is large, half of it is work enough to hide latencies, and both halves spill on sm_120.
   constexpr int HALVES = T::ROW_TILES * T::TOKEN_TILES > 8 ? 1 : 2;
 #pragma unroll HALVES
   for (int half = 0; half < 2; ++half) {
-    Fragments w[T::ROW_TILES];
-    float scale[T::ROW_TILES][2];  // of rows g and g + 8
+    uint32_t w[T::ROW_TILES][2][4];
 #pragma unroll
     for (int m = 0; m < T::ROW_TILES; ++m) {
-      w[m] = T::Weights::load(my_rows + (half * T::ROWS + 16 * m) * T::ROW_HALF, lane);
-      if constexpr (T::Weights::INT8)
+      uint32_t scales[2];  // of rows g and g + 8
 #pragma unroll
-        for (int i = 0; i < 2; ++i) {
-          const uint32_t pair = lds32(my_scales + (16 * m + 8 * i) * 4);
-          scale[m][i] = __uint_as_float(pair << (16 - 16 * half) & 0xffff0000u);
-        }
+      for (int i = 0; i < 2; ++i) {
+        const uint32_t pair = lds32(my_scales + (16 * m + 8 * i) * 4);
+        scales[i] = half == 0 ? pair : pair >> 16;
+      }
+      load_scaled(w[m], my_rows + (half * T::ROWS + 16 * m) * HALF, scales);
     }
 #pragma unroll
     for (int n = 0; n < T::TOKEN_TILES; ++n) {
       const uint4 x = lds128(my_tokens + (half * T::TOKENS + 8 * n) * TOKEN_HALF);
 #pragma unroll
       for (int m = 0; m < T::ROW_TILES; ++m) {
-        const auto& a = w[m].a;
-        float (&sum)[4] = acc[m][n];
-        if constexpr (T::Weights::INT8) {
-          float of_scale[4];
-          mma_bf16_of_zero(of_scale, a[0][0], a[0][1], a[0][2], a[0][3], x.x, x.y);
-          mma_bf16(of_scale, a[1][0], a[1][1], a[1][2], a[1][3], x.z, x.w);
-#pragma unroll
-          for (int i = 0; i < 4; ++i)
-            sum[i] += scale[m][i / 2] * of_scale[i];
-        } else {
-          mma_bf16(sum, a[0][0], a[0][1], a[0][2], a[0][3], x.x, x.y);
-          mma_bf16(sum, a[1][0], a[1][1], a[1][2], a[1][3], x.z, x.w);
-        }
+        mma_bf16(acc[m][n], w[m][0][0], w[m][0][1], w[m][0][2], w[m][0][3], x.x, x.y);
+        mma_bf16(acc[m][n], w[m][1][0], w[m][1][1], w[m][1][2], w[m][1][3], x.z, x.w);
       }
     }
   }
@@ -232,7 +193,7 @@ __device__ __forceinline__ void store(const DenseArgs& args, const Split& split,
 #pragma unroll
             for (int half = 0; half < 2; ++half) {
               const int offset = 16 * m + 8 * half;
-              if (my_row + offset < rows) put(first[j * stride + offset], offset, acc[m][n][2 * half + j]);
+              if (my_row + offset < rows) put(first[j * stride + offset], offset, acc[m][n][2 * half + j] * OF_WHOLE);
             }
   };
   if (split.parts > 1)
@@ -245,7 +206,7 @@ __device__ __forceinline__ void store(const DenseArgs& args, const Split& split,
 }
 
 template <typename T>
-__global__ void __launch_bounds__(T::THREADS, 1) tiled(const DenseArgs args, const Split split) {
+__global__ void __launch_bounds__(T::THREADS, T::BLOCKS) tiled(const DenseArgs args, const Split split) {
   const uint32_t ring = smem_addr(dynamic_shared_memory());
   const Rows rows(args.N, T::ROWS);
   Loader<T> loader(args, rows, split.parts);
@@ -253,6 +214,7 @@ __global__ void __launch_bounds__(T::THREADS, 1) tiled(const DenseArgs args, con
   // since a thread that waits for a later copy has waited for all before it.
   loader.load_weights(ring);
   loader.prefetch_weights();
+  let_next_kernel_start();
   wait_for_previous_kernel();
 #pragma unroll 1
   for (int s = 0; s < T::STAGES - 1; ++s) {
@@ -279,7 +241,6 @@ __global__ void __launch_bounds__(T::THREADS, 1) tiled(const DenseArgs args, con
       emptied = stage;
       stage = stage + T::STAGE_BYTES == ring + T::BYTES ? ring : stage + T::STAGE_BYTES;
     }
-    if (row + rows.of_pass >= rows.end) let_next_kernel_start();
     store<T>(args, split, loader, row, min(rows.of_pass, rows.end - row), acc);
   }
 }
@@ -310,9 +271,10 @@ __global__ void __launch_bounds__(ADD_THREADS) add_up(const DenseArgs args, cons
 
 int ceil_div(int64_t a, int64_t b) { return static_cast<int>((a + b - 1) / b); }
 
-// In how many parts K is split: with fewest bytes through the busiest multiprocessor, of weights, of tokens, which are
-// read once a pass, and of partial sums, written and read.
+// In how many parts K is split: with fewest bytes through the busiest block's place on the card, of weights, of tokens,
+// which are read once a pass, and of partial sums, written and read.
 constexpr int MOST_PARTS = 8;
+constexpr int SYSTEMS_SHARED_BYTES = 1 << 10;  // that a block takes beside its own
 constexpr int64_t SECOND_KERNEL = 24 << 10;  // what a multiprocessor of an H100 reads in the microsecond that it takes
 
 template <typename T>
@@ -320,12 +282,14 @@ Split split_of(const DenseArgs& args, const Device& device) {
   const int groups = ceil_div(args.M, T::TOKENS), steps = args.K / STEP;
   Split best{};
   int64_t least = INT64_MAX;
+  const int slots =
+      device.multiprocessors * std::clamp(device.shared_bytes / (T::BYTES + SYSTEMS_SHARED_BYTES), 1, T::BLOCKS);
   for (int parts = 1; parts <= std::min(MOST_PARTS, steps); ++parts) {
-    const int blocks = std::min(std::max(1, device.multiprocessors / (parts * groups)), ceil_div(args.N, 16));
-    const int64_t waves = ceil_div(int64_t{blocks} * parts * groups, device.multiprocessors);
+    const int blocks = std::min(std::max(1, slots / (parts * groups)), ceil_div(args.N, 16));
+    const int64_t waves = ceil_div(int64_t{blocks} * parts * groups, slots);
     const int64_t rows = ceil_div(args.N, blocks), passes = ceil_div(rows, T::ROWS), k = STEP * ceil_div(steps, parts);
     const int64_t sums = parts == 1 ? 0 : SECOND_KERNEL + rows * T::TOKENS * 8;
-    const int64_t bytes = waves * (k * (rows * T::Weights::BYTES + passes * T::TOKENS * 2) + sums);
+    const int64_t bytes = waves * (k * (rows + passes * T::TOKENS * 2) + sums);
     if (bytes < least) {
       least = bytes;
       best = {parts, blocks, ceil_div(args.N, 4) * int64_t{4}};
@@ -354,10 +318,9 @@ const char* launch(const DenseArgs& args, const Device& device, void* stream) {
 
 template <typename T>
 DenseConfiguration configuration() {
-  return {(T::Weights::INT8 ? "int8_" : "bf16_") + std::to_string(T::ROWS) + "x" + std::to_string(T::TOKENS),
-          T::Weights::INT8,
+  return {"int8_" + std::to_string(T::ROWS) + "x" + std::to_string(T::TOKENS),
+          true,
           T::TOKENS,
-          STEP,
           {T::THREADS, T::BYTES},
           workspace_bytes<T>,
           launch<T>};
@@ -365,13 +328,8 @@ DenseConfiguration configuration() {
 
 }  // namespace
 
-// Stages: as many as fit. Wider tiles of rows read the tokens less often: for lm_head, whose K needn't be split.
 std::vector<DenseConfiguration> tiled_configurations() {
-  return {configuration<Tile<Bf16Rows, 4, 2, 2, 1, 5>>(), configuration<Tile<Bf16Rows, 4, 2, 2, 2, 4>>(),
-          configuration<Tile<Bf16Rows, 4, 2, 2, 4, 4>>(), configuration<Tile<Bf16Rows, 4, 2, 2, 8, 3>>(),
-          configuration<Tile<Int8Rows, 4, 2, 2, 1, 9>>(), configuration<Tile<Int8Rows, 4, 2, 2, 2, 7>>(),
-          configuration<Tile<Int8Rows, 4, 2, 2, 4, 6>>(), configuration<Tile<Int8Rows, 8, 1, 2, 8, 3>>(),
-          configuration<Tile<Int8Rows, 4, 2, 2, 8, 4>>()};
+  return {configuration<Tile<4, 1, 2, 8, 5, 2>>(), configuration<Tile<4, 2, 2, 8, 4, 1>>()};
 }
 
 }  // namespace dense

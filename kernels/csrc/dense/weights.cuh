@@ -1,14 +1,17 @@
 // SPDX-License-Identifier: Apache-2.0
-// The two kinds of weights, as they lie in a checkpoint or are quantized to: row-major, loaded straight into registers.
+// The two kinds of weights, as they lie in a checkpoint or are quantized to, row-major; and how a warp multiplies by
+// them, a tile of 8 rows and 64 k at a time, which has come to shared memory before.
 //
-// A step of the main loop is 64 k of 8 weight rows by 16 tokens: four products m16n8k16 with the tokens as A (rows g
-// and g + 8 of lane 4g + q) and the weights as B (column g). Which k a product's k means is free, as long as both sides
-// agree. So a lane takes 16 adjacent bytes of its row at a time:
+// Four products m16n8k16 take the tokens as A (rows g and g + 8 of lane 4g + q) and the weights as B (column g). Which
+// k a product's k means is free, as long as both sides agree: lane 4g + q takes the eight adjacent k from 8q on of each
+// half, the first four of them for the half's first product.
 //
-//      lane            q = 0      q = 1      q = 2      q = 3
-//      bf16, first     k  0..7     8..15     16..23     24..31      products 0 and 1
-//      bf16, second    k 32..39   40..47     48..55     56..63      products 2 and 3
-//      int8            k  0..15   16..31     32..47     48..63      products 0 to 3, four k each
+//      lane               q = 0      q = 1      q = 2      q = 3
+//      first half         k  0..7     8..15     16..23     24..31      products 0 and 1
+//      second half        k 32..39   40..47     48..55     56..63      products 2 and 3
+//
+// So all k of two products have the same INT8 scale: the products are of whole numbers, exact in BF16, and the FP32 sum
+// of 32 of them is scaled, not each weight.
 #pragma once
 #include "../common/ptx.cuh"
 #include "dense.h"
@@ -16,57 +19,125 @@
 namespace mxfp4_sm120 {
 namespace dense {
 
-constexpr int STEP = 64;  // k
+constexpr int STEP = DENSE_STEP, HALF = DENSE_BLOCK;  // k
 
-// A lane's weights of one row in a step, as eight bf16 pairs: product j takes `pair(2 j)` and `pair(2 j + 1)`.
-struct Bf16 {
-  static constexpr bool INT8 = false;
-  static constexpr int BYTES = 2;  // of a weight
-  uint4 first, second;
+// Constants that the compiler doesn't know: those that it knows it makes anew for each tile.
+struct Opaque {
+  uint32_t zero;
+  __device__ __forceinline__ explicit Opaque(const DenseArgs& args) : zero(static_cast<uint32_t>(args.K) >> 31) {}
+};
 
-  // Where the i-th eight k of lane q begin (of 0 and 1).
-  __device__ __forceinline__ static int k_of(int i, int q) { return 32 * i + 8 * q; }
-  // `left`: of K, from the step's first k on; zeros beyond, or if the row doesn't exist.
-  __device__ __forceinline__ void load(const uint8_t* at, const uint16_t*, bool exists, int left, int) {
-    first = load_once_if(exists && left > 0, at);
-    second = load_once_if(exists && left > 32, at + 32 * BYTES);
+// A word's four int8 numbers, each plus 128: what `whole_pair` takes.
+__device__ __forceinline__ uint32_t offset_by_128(uint32_t word) { return word ^ 0x80808080u; }
+
+// Two of them as bf16, a 64th of each number. A byte u alone is the bf16 u * 2^-133: below 128 a subnormal, and from
+// there on the smallest normal numbers, which go on in the same steps. Times 2^127 less 2, exactly: (u - 128) / 64.
+constexpr float OF_WHOLE = 64.f;
+__device__ __forceinline__ uint32_t whole_pair(uint32_t offset, int first_byte) {
+  return fma_bf16x2(__byte_perm(offset, 0, first_byte == 0 ? 0x4140 : 0x4342), 0x7f007f00u, 0xc000c000u);
+}
+
+// A lane's x in a half of a step: eight k of token g, and of token g + 8 where a product's 16 tokens are there.
+template <bool BOTH>
+struct HalfOfTokens {
+  uint4 of[BOTH ? 2 : 1];
+};
+
+// The same, as the half's two products take it: four registers in a row each. Of the loads' registers the compiler
+// would make those anew for each row tile, if it saw that these are the same.
+template <bool BOTH>
+struct TokenFragments {
+  static constexpr int SUMS = BOTH ? 4 : 2;  // of a product's four that belong to tokens
+  uint32_t a[2][4];
+  __device__ __forceinline__ TokenFragments() {}
+  __device__ __forceinline__ TokenFragments(const HalfOfTokens<BOTH>& x, uint32_t zero) {
+    const uint4 upper = x.of[0], lower = BOTH ? x.of[BOTH ? 1 : 0] : uint4{0, 0, 0, 0};
+    const uint32_t words[2][4] = {{upper.x, lower.x, upper.y, lower.y}, {upper.z, lower.z, upper.w, lower.w}};
+#pragma unroll
+    for (int i = 0; i < 8; ++i)
+      a[i / 4][i % 4] = BOTH || i % 2 == 0 ? words[i / 4][i % 4] | zero : words[i / 4][i % 4 - 1] & zero;
   }
-  __device__ __forceinline__ uint2 pairs(int j) const {
-    return j == 0   ? uint2{first.x, first.y}
-           : j == 1 ? uint2{first.z, first.w}
-           : j == 2 ? uint2{second.x, second.y}
-                    : uint2{second.z, second.w};
+  template <int PRODUCT>
+  __device__ __forceinline__ void multiply(float (&acc)[4], uint32_t b0, uint32_t b1) const {
+    mma_bf16(acc, a[PRODUCT][0], a[PRODUCT][1], a[PRODUCT][2], a[PRODUCT][3], b0, b1);
   }
 };
 
-// Two of a word's int8 numbers as bf16, times a scale (its bf16 in both halves, and minus it). 0x43 in front of a
-// byte's low seven bits is 128 + those; in front of its top bit alone it is 128, or 256 if the bit is set. The first
-// less the second is the number in two's complement: 5 is 133 - 128, and -5 = 0xfb is 128 + 0x7b - 256 = 251 - 256.
-// Scaled, the second is exact, and the difference is rounded once.
-__device__ __forceinline__ uint32_t scaled_pair(uint32_t word, int first_byte, uint32_t scale, uint32_t minus_scale) {
-  const uint32_t bytes = __byte_perm(word, 0x43434343u, first_byte == 0 ? 0x4140 : 0x4342);
-  const uint32_t low = bytes & 0xff7fff7fu, top = bytes & 0xff80ff80u;
-  return fma_bf16x2(low, scale, mul_bf16x2_by_lo(top, minus_scale));
-}
+// A stage is a step's row tiles; `Half` is what a lane takes of it for a half.
+template <int TILES>
+struct Bf16 {
+  static constexpr bool INT8 = false;
+  static constexpr int BYTES = 2, STAGE_BYTES = TILES * 1024;  // of a weight; of a stage: [tile][half][lane][16 bytes]
+  static constexpr float OF_SUMS = 1.f;                        // what a sum is to be multiplied with
 
-// INT8 with a bf16 scale for each 32 along K: 8.5 bits a weight.
+  // Copies what this lane will read of a tile: `at` is its row's first k of the step.
+  __device__ __forceinline__ static void copy(uint32_t stage, int n, const uint8_t* at, const uint16_t*, bool exists) {
+    const int lane = threadIdx.x % 32, q = lane % 4;
+    cp_async16_if(exists, stage + 1024 * n + lane * 16, at + 8 * q * BYTES);
+    cp_async16_if(exists, stage + 1024 * n + 512 + lane * 16, at + (HALF + 8 * q) * BYTES);
+  }
+  struct Half {
+    uint4 w[TILES];
+    __device__ __forceinline__ Half(uint32_t stage, int half) {
+#pragma unroll
+      for (int n = 0; n < TILES; ++n)
+        w[n] = lds128(stage + 1024 * n + 512 * half + threadIdx.x % 32 * 16);
+    }
+    // acc += tokens . tile n
+    template <bool BOTH>
+    __device__ __forceinline__ void multiply(float (&acc)[4], int n, const TokenFragments<BOTH>& x) const {
+      x.template multiply<0>(acc, w[n].x, w[n].y);
+      x.template multiply<1>(acc, w[n].z, w[n].w);
+    }
+  };
+};
+
+// INT8 with a bf16 scale for each 32 along K: 8.5 bits a weight. A stage is
+//
+//      codes     [tile][row][64 bytes], whose halves change places in rows 2, 3, 6, 7: a half warp reads from all banks
+//      scales    [tile][row][of the first and of the second half]
+template <int TILES>
 struct Int8 {
   static constexpr bool INT8 = true;
-  static constexpr int BYTES = 1;
-  uint4 codes;
-  uint32_t scale;
+  static constexpr int BYTES = 1, SCALES = TILES * 512, STAGE_BYTES = (SCALES + TILES * 32 + 63) / 64 * 64;
+  static constexpr float OF_SUMS = OF_WHOLE;
 
-  __device__ __forceinline__ static int k_of(int i, int q) { return 16 * q + 8 * i; }
-  __device__ __forceinline__ void load(const uint8_t* at, const uint16_t* scale_at, bool exists, int left, int q) {
-    exists = exists && left > k_of(0, q);
-    codes = load_once_if(exists, at);
-    scale = load_u16_if(exists, scale_at);
+  // Where in a tile a row's half begins; the other half is 32 bytes further or before.
+  __device__ __forceinline__ static uint32_t half_of_row(int g, int half) {
+    return g * STEP + (half ^ g / 2 % 2) * HALF;
   }
-  __device__ __forceinline__ uint2 pairs(int j) const {
-    const uint32_t word = j == 0 ? codes.x : j == 1 ? codes.y : j == 2 ? codes.z : codes.w;
-    const uint32_t both = scale * 0x10001u, minus = both ^ 0x80008000u;
-    return {scaled_pair(word, 0, both, minus), scaled_pair(word, 2, both, minus)};
+  // The warp copies all; a lane 16 bytes of its row, and of each row one lane the scales.
+  __device__ __forceinline__ static void copy(uint32_t stage, int n, const uint8_t* at, const uint16_t* scale,
+                                              bool exists) {
+    const int g = threadIdx.x % 32 / 4, q = threadIdx.x % 4;
+    cp_async16_if(exists, stage + 512 * n + half_of_row(g, q / 2) + q % 2 * 16, at + 16 * q);
+    if (q == 0) cp_async4_if(exists, stage + SCALES + 32 * n + 4 * g, scale);
   }
+  struct Half {
+    uint4 w[TILES];
+    float scale[TILES][2];  // of rows 2q and 2q + 1, this lane's in the products' result
+    __device__ __forceinline__ Half(uint32_t stage, int half) {
+      const int g = threadIdx.x % 32 / 4, q = threadIdx.x % 4;
+#pragma unroll
+      for (int n = 0; n < TILES; ++n) {
+        const uint2 loaded = lds64(stage + 512 * n + half_of_row(g, half) + 8 * q);
+        const uint2 codes = {offset_by_128(loaded.x), offset_by_128(loaded.y)};
+        w[n] = {whole_pair(codes.x, 0), whole_pair(codes.x, 2), whole_pair(codes.y, 0), whole_pair(codes.y, 2)};
+        const uint2 scales = lds64(stage + SCALES + 32 * n + 8 * q);
+        scale[n][0] = __uint_as_float(half == 0 ? scales.x << 16 : scales.x & 0xffff0000u);
+        scale[n][1] = __uint_as_float(half == 0 ? scales.y << 16 : scales.y & 0xffff0000u);
+      }
+    }
+    template <bool BOTH>
+    __device__ __forceinline__ void multiply(float (&acc)[4], int n, const TokenFragments<BOTH>& x) const {
+      float whole[4] = {0.f, 0.f, 0.f, 0.f};
+      x.template multiply<0>(whole, w[n].x, w[n].y);
+      x.template multiply<1>(whole, w[n].z, w[n].w);
+#pragma unroll
+      for (int i = 0; i < TokenFragments<BOTH>::SUMS; ++i)
+        acc[i] += scale[n][i % 2] * whole[i];
+    }
+  };
 };
 
 }  // namespace dense

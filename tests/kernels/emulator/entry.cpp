@@ -53,10 +53,11 @@ const char* dense(const DenseArgs* given, int config) {
   DenseArgs args = *given;
   std::vector<float> partial(chosen.workspace_bytes(args, device()) / 4, NAN);
   args.partial = partial.data();
-  const std::string why = why_not(chosen, chosen.int8, args.K);
+  const std::string why = why_not(chosen, chosen.int8);
   return why.empty() ? chosen.launch(args, device(), nullptr) : kept(why);
 }
-const char* dense_chosen(bool int8, int tokens, int K) { return first_fit(int8, tokens, K).name.c_str(); }
+const char* dense_chosen(bool int8, int tokens) { return first_fit(int8, tokens).name.c_str(); }
+const char* dense_dequantized(const DenseArgs* args) { return dense_dequantize(*args, device(), nullptr); }
 const char* router(const RouterArgs* args) { return router_forward(*args, device(), nullptr); }
 
 // sizeof, then where each field begins, in order.

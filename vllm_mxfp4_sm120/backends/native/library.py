@@ -141,6 +141,7 @@ def _load() -> str:
     torch.library.register_fake("mxfp4_sm120::fp4_moe_layer", _fake_moe_layer)
     torch.library.register_fake("mxfp4_sm120::router_logits", _fake_router_logits)
     torch.library.register_fake("mxfp4_sm120::dense_linear", _fake_dense_linear)
+    torch.library.register_fake("mxfp4_sm120::dense_dequantize", _fake_dense_dequantize)
     architectures = str(torch.ops.mxfp4_sm120.architectures())
     if architectures == "stub":
         warnings.warn(f"{library} is a stub: its output is zeros, never an answer", stacklevel=2)
@@ -157,6 +158,10 @@ def _fake_router_logits(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tenso
 
 def _fake_dense_linear(x: Tensor, weight: Tensor, *arguments: object) -> Tensor:
     return x.new_empty(x.shape[0], weight.shape[0])
+
+
+def _fake_dense_dequantize(weight: Tensor, scale: Tensor) -> Tensor:
+    return torch.empty_like(weight, dtype=torch.bfloat16)
 
 
 @lru_cache
