@@ -7,6 +7,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from vllm_mxfp4_sm120 import proof
 from vllm_mxfp4_sm120.backends.native import library
 from vllm_mxfp4_sm120.checkpoint import published_config
 from vllm_mxfp4_sm120.dense import linear as operator
@@ -136,5 +137,5 @@ def test_the_card_decides(int8: bool, monkeypatch: pytest.MonkeyPatch, tmp_path)
         assert measured == list(trial.TIMED)[: len(measured)] and measured[-1] == (256 if int8 else 128)
         print(f"{name} {shape} by {made.text(shape)}")
         for timing in made.timings[shape]:
-            assert (made.name_at(shape, timing.tokens) is not None) == (timing.ours <= plan.MARGIN * timing.torchs)
+            assert (made.name_at(shape, timing.tokens) is not None) == (timing.ours <= proof.MARGIN * timing.torchs)
     assert plan.make(layers, Machine.here()) == made

@@ -88,7 +88,9 @@ def fuzz(calls: int) -> None:
             assert ours or isinstance(error, NotImplementedError), (said, given)  # torch's own, without any tensor
             refused += 1
         else:
-            assert out.shape[0] == given["x" if "x" in given else "weight"].shape[0] and out.dtype == torch.bfloat16, given
+            assert out.shape[0] == given["x" if "x" in given else "weight"].shape[0] and out.dtype == torch.bfloat16, (
+                given
+            )
             answered += 1
     for _ in range(calls):
         try:

@@ -132,7 +132,10 @@ def test_the_trial(monkeypatch: pytest.MonkeyPatch, kernels: list) -> None:
 
 def test_wrong_decoding_is_enough(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(native, "dequantize", lambda codes, scales: Int8Weights(codes, scales).decode().bfloat16() * 2)
-    assert solve(monkeypatch, SHAPE).reason == f"{SHAPE}: wrong numbers: INT8 weights decoded to BF16 aren't what torch makes of them"
+    assert (
+        solve(monkeypatch, SHAPE).reason
+        == f"{SHAPE}: wrong numbers: INT8 weights decoded to BF16 aren't what torch makes of them"
+    )
 
 
 def test_the_clock(monkeypatch: pytest.MonkeyPatch) -> None:
