@@ -55,14 +55,18 @@ def library(tmp_path_factory: pytest.TempPathFactory) -> ctypes.CDLL:
 
 
 def linear_layer_is_wrong(library: ctypes.CDLL) -> bool:
-    """INT8; once more tokens and rows than a block takes at once, once blocks enough for K to be in parts."""
+    """INT8: more tokens and rows than a block takes at once; blocks enough for K to be in parts; a queue, two passes."""
     draw = torch.Generator().manual_seed(0)
-    for tokens, rows, multiprocessors in ((70, 150, 2), (10, 48, 32)):
+    names = dense_configs(library)
+    for tokens, rows, multiprocessors, name in (
+        *((70, 150, 2, "int8_128x64"), (10, 48, 32, "int8_128x64")),
+        (8, 48, 1, "int8_rows40_tokens8"),
+    ):
         x, weight = (torch.randn(count, 64 * 9, generator=draw).bfloat16() for count in (tokens, rows))
         encoded = Int8Weights.quantize(weight)
         library.emulate(multiprocessors, True, 0)
         try:
-            out = dense(library, dense_configs(library).index("int8_128x64"), x, encoded.codes, encoded.scales, None)
+            out = dense(library, names.index(name), x, encoded.codes, encoded.scales, None)
         except AssertionError:  # read before it was there
             return True
         right = x.double() @ encoded.decode(dtype=torch.float64).T
