@@ -55,7 +55,7 @@ def library(tmp_path_factory: pytest.TempPathFactory) -> ctypes.CDLL:
 
 
 def linear_layer_is_wrong(library: ctypes.CDLL) -> bool:
-    """INT8: more tokens and rows than a block takes at once; blocks enough for K to be in parts; a queue, two passes."""
+    """INT8: more tokens and rows than a block takes; enough blocks for K to be in parts; a queue, two passes."""
     draw = torch.Generator().manual_seed(0)
     names = dense_configs(library)
     for tokens, rows, multiprocessors, name in (
