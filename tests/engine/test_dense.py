@@ -155,9 +155,15 @@ ENGINES = {
     "int8, compiled": ("int8", True, {}),
     "int8, tensor parallel": ("int8", False, {"enforce_eager": True, "tensor_parallel_size": 2, **LORA}),
 }
+NO_GPU = pytest.mark.skipif(
+    torch.cuda.is_available(), reason="on a GPU the card's kernels answer: tests/gpu/test_dense.py"
+)
 
 
-@pytest.mark.parametrize(("kind", "kernels", "engine"), ENGINES.values(), ids=ENGINES)
+@pytest.mark.parametrize(
+    ("kind", "kernels", "engine"),
+    [pytest.param(*values, id=name, marks=() if values[1] else NO_GPU) for name, values in ENGINES.items()],
+)
 def test_answers_are_those_of_the_weights(
     tiny: Path,
     prompts: list[list[int]],

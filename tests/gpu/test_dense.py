@@ -139,3 +139,16 @@ def test_the_card_decides(int8: bool, monkeypatch: pytest.MonkeyPatch, tmp_path)
         for timing in made.timings[shape]:
             assert (made.name_at(shape, timing.tokens) is not None) == (timing.ours <= proof.MARGIN * timing.torchs)
     assert plan.make(layers, Machine.here()) == made
+
+
+def test_encoding_takes_no_second_copy() -> None:
+    """gpt-oss-20b's lm_head: its codes beside it and little more, so that loading stays within 600 MiB."""
+    shape = LAYERS["lm_head"]
+    weight = torch.empty(shape.rows, shape.columns, dtype=torch.bfloat16, device="cuda").normal_()
+    before = torch.cuda.memory_allocated()
+    torch.cuda.reset_peak_memory_stats()
+    encoded = Int8Weights.quantize(weight)
+    assert encoded.relative_error(weight) <= TOLERANCE_OF_INT8
+    more = torch.cuda.max_memory_allocated() - before
+    print(f"{more / 2**20:.0f} MiB beside {weight.nbytes / 2**20:.0f}, codes {encoded.bytes / 2**20:.0f}")
+    assert encoded.bytes < more <= 600 << 20

@@ -227,7 +227,7 @@ def lines(report: Report) -> Iterator[str]:
         if model in report.activations:
             yield f"{'':24}activations of the experts: {report.activations[model].answers}"
     for layer, answers in report.linears.items():
-        yield f"{layer:24}{answers}"
+        yield f"{layer:23} {answers}"
     for flag, value in report.flags.items():
         yield f"{flag}={value}"
     yield from report.notes
