@@ -74,10 +74,11 @@ def test_how_exact_kernels_must_be(kernels: dict) -> None:
         LARGE: "wrong numbers: relative error nan at 1 tokens, routed, expected at most 0.01",
         "terms3_tokens64": "wrong numbers: relative error 0.02",
         "terms2_tokens64": "wrong numbers: relative error 0.05",
+        "terms2_tokens128": "relative error 0.04 of all tokens, expected at most 0.03",
     }
     assert found["wrong"].keys() == expected.keys()
     assert all(found["wrong"][name].startswith(reason) for name, reason in expected.items())
-    assert found["times"][0][1].keys() == {BF16, "terms3_tokens128", "terms2_tokens128"}
+    assert found["times"][0][1].keys() == {BF16, "terms3_tokens128"}
 
 
 def test_more_tokens_than_the_problem_has(kernels: dict, monkeypatch: pytest.MonkeyPatch) -> None:

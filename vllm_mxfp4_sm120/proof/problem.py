@@ -119,8 +119,14 @@ def outlier_columns(shape: MoEShape) -> Tensor:
 
 def relative_error(answer: Tensor, right: Tensor) -> float:
     """The worst token's (Frobenius), for a large one would hide all others. NaN for a NaN anywhere."""
+    return float(token_errors(answer, right).max())
+
+
+def token_errors(answer: Tensor, right: Tensor) -> Tensor:
+    """Each token's relative error (Frobenius), float64 [M]."""
     error, size = (answer.double() - right).norm(dim=1), right.norm(dim=1)
-    return float((error / size.clamp(min=torch.finfo(torch.float64).tiny)).max())
+    errors: Tensor = error / size.clamp(min=torch.finfo(torch.float64).tiny)
+    return errors
 
 
 def scattered(shape: MoEShape, device: torch.device | str) -> Tensor | None:
@@ -167,9 +173,9 @@ class Problem:
         return self._questions[tokens]
 
     def judge(self, backend: type[Backend]) -> Proof:
-        """Ask a backend all questions. `found`: the largest error of all."""
+        """Ask a backend all questions. `found`: the largest `error` of a token, and root mean square of an answer's."""
         try:
-            worst = 0.0
+            worst = mean = 0.0
             layer = backend(self.shape)
             prepared = layer.prepare(self.weights.clone())
             for tokens in TOKENS if self.device.type == "cuda" else TOKENS[:2]:
@@ -177,14 +183,15 @@ class Problem:
                     if answer.shape != right.shape or answer.dtype != torch.bfloat16:
                         expected = f"{torch.bfloat16} {list(right.shape)}"
                         return Proof(f"answered {answer.dtype} {list(answer.shape)}, expected {expected}")
-                    error = relative_error(answer * scale, right * scale)
+                    errors = token_errors(answer * scale, right * scale)
+                    error = float(errors.max())
                     if not error <= backend.tolerance:  # NaN fails too
                         at = f"{error:.2g} at {tokens} tokens, {path}"
                         return Proof(f"wrong numbers: relative error {at}, expected at most {backend.tolerance}")
-                    worst = max(worst, error)
+                    worst, mean = max(worst, error), max(mean, float(errors.square().mean().sqrt()))
         except Exception as error:
             return Proof.of_error(error)
-        return Proof(None, found={"error": worst})
+        return Proof(None, found={"error": worst, "mean": mean})
 
     def _answers(self, layer: Backend, prepared: Prepared, asked: Question) -> dict[str, tuple[Tensor, Tensor, Tensor]]:
         """By way in: what a backend answers, what is right, and what makes columns alike."""
@@ -202,7 +209,7 @@ class Problem:
 
 
 def solve(backend: type[Backend], shape: MoEShape, device: torch.device | str) -> Proof:
-    """Run the problem in this process and judge the answers. `found`: the largest error of all."""
+    """Run the problem in this process and judge the answers."""
     try:
         problem = Problem(shape, device)
     except Exception as error:

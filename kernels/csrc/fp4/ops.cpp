@@ -1,5 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
-// The ops of MoE layers on FP4 tensor cores, registered beside the others. Nothing chooses them by itself yet.
+// The ops of MoE layers on FP4 tensor cores, registered beside the others. Who calls them for how many tokens is
+// decided in Python (vllm_mxfp4_sm120/fp4).
 #include <torch/csrc/stable/library.h>
 
 #include <tuple>
