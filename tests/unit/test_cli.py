@@ -3,8 +3,11 @@
 
 from __future__ import annotations
 
+import errno
+import io
 import json
 import os
+import re
 import signal
 import sys
 from collections.abc import Callable, Iterator
@@ -22,6 +25,8 @@ from vllm_mxfp4_sm120.checkpoint import write
 from vllm_mxfp4_sm120.cli import bench, build, doctor, ending, inspect, make_tiny, serve, tune
 from vllm_mxfp4_sm120.cli.__main__ import COMMANDS, main, parsed
 from vllm_mxfp4_sm120.cli.ending import Outcome
+from vllm_mxfp4_sm120.cli.progress import progress
+from vllm_mxfp4_sm120.drafts import alone
 
 pytestmark = pytest.mark.usefixtures("one_thread", "home")
 
@@ -197,6 +202,46 @@ def test_stderr_that_nobody_reads(folders, monkeypatch) -> None:
         with suppress(FileNotFoundError):
             os.rename(folders["out/new"], folders["out/new"] + "-1")
         assert run("pack bf16 out/new", folders) == status
+
+
+class Terminal(io.StringIO):
+    def isatty(self) -> bool:
+        return True
+
+
+@pytest.mark.parametrize("stream", [Terminal, io.StringIO])
+@pytest.mark.parametrize(("unit", "amount"), [("GB", "2.0/4.0 GB"), ("sizes", "20/40")])
+def test_progress(stream: type[io.StringIO], unit: str, amount: str, monkeypatch) -> None:
+    """A bar on a terminal, however narrow; elsewhere a line now and then; nothing where JSON is asked for."""
+    said = stream()
+    monkeypatch.setenv("COLUMNS", "60")
+    monkeypatch.setenv("TERM", "xterm")
+    monkeypatch.setattr(sys, "stderr", said)
+    done = 2_000_000_000 if unit == "GB" else 20
+    with progress("measuring", unit=unit) as show:
+        show("layer 1", done, 2 * done)
+        show("layer 2", done, 2 * done)
+    text = said.getvalue()
+    assert ("\x1b" in text) == (stream is Terminal)
+    if stream is Terminal:
+        assert "measuring layer 2" in text and amount in re.sub(r"\x1b\[[0-9;?]*[a-zA-Z]", "", text)
+    else:
+        amount = "2.00 of 4.00 GB" if unit == "GB" else "20 of 40 sizes"
+        assert text == f"measuring layer 1: {amount}\n"  # the second comes too soon
+    with progress("measuring", quiet=True) as show:
+        show("layer 3", 1, 2)
+    assert "layer 3" not in said.getvalue()
+
+
+def test_a_file_system_without_locks_keeps_nobody_out(tmp_path, monkeypatch) -> None:
+    def no_locks(handle: int, how: int) -> None:
+        raise OSError(errno.ENOLCK, "No locks available")
+
+    with alone(tmp_path), pytest.raises(BlockingIOError, match="another process is writing it"), alone(tmp_path):
+        pass
+    monkeypatch.setattr("fcntl.flock", no_locks)
+    with alone(tmp_path), alone(tmp_path):
+        pass
 
 
 @pytest.mark.parametrize(

@@ -184,6 +184,31 @@ def test_a_plugin_that_is_not_installed(monkeypatch):
     assert "vllm-mxfp4-sm120 is not installed for" in surroundings.why_not_found()
 
 
+@pytest.mark.parametrize(
+    ("said", "name", "why"),
+    [
+        ('INFO: vLLM greets\n["FLASHINFER", {"FLASH_ATTN": "no sinks"}]', "FLASHINFER", None),
+        ("[]", None, "this vLLM could not be asked"),
+        ("no JSON", None, "this vLLM could not be asked"),
+        ("", None, "this vLLM could not be asked"),
+        (None, None, "this vLLM could not be asked"),
+    ],
+)
+def test_which_attention(said, name, why, monkeypatch):
+    """Whatever another program prints, or where it fails."""
+    monkeypatch.undo()
+    monkeypatch.setattr(surroundings, "_output", lambda command, seconds: said)
+    found = surroundings.attention()
+    assert (found.name, found.why_unknown) == (name, why)
+    assert found.refused == ({"FLASH_ATTN": "no sinks"} if name else {})
+
+
+def test_a_program_that_fails_or_hangs():
+    for code in ("raise SystemExit(3)", "import time; time.sleep(60)", r"import os; os.write(1, b'\xff')"):
+        assert surroundings._output([sys.executable, "-c", code], 0.5) is None
+    assert surroundings._output(["/no/such/program"], 5) is None
+
+
 def test_another_python(tmp_path, monkeypatch):
     """One that has neither, found by the first line of a script called vllm."""
     monkeypatch.undo()

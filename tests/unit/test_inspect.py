@@ -170,6 +170,22 @@ def test_no_network_and_no_model(
     assert "not in Hugging Face's cache; go online, or give a folder" in capsys.readouterr().err
     assert main(["inspect", str(tmp_path / "none")]) == 1
     assert "no such directory" in capsys.readouterr().err
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", False)
+    for error, words in (
+        (huggingface_hub.errors.NotASafetensorsRepoError("no"), "no *.safetensors there, expected the model's weights"),
+        (
+            huggingface_hub.errors.HFValidationError("Repo id\nand more"),
+            "someone/model: Repo id; give a folder that is",
+        ),
+        (ConnectionError("no route"), "someone/model: no route; give a folder that is here"),
+    ):
+
+        def fails(*_: object, error: Exception = error) -> None:
+            raise error
+
+        monkeypatch.setattr(huggingface_hub, "hf_hub_download", fails)
+        assert main(["inspect", "someone/model"]) == 1
+        assert words in capsys.readouterr().err
     # What is published is known without one.
     status, report = inspect(capsys, "openai/gpt-oss-120b")
     assert (status, report["layout"], report["sizes"]["num_experts"]) == (0, "unknown", 128)

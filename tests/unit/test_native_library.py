@@ -121,6 +121,35 @@ def test_build_says_why_it_does_not(places, monkeypatch, cards, writable, everyt
         run(places, monkeypatch, cards, writable, everything)
 
 
+@pytest.mark.parametrize("tool", ["pip", "uv", None])
+@pytest.mark.parametrize("status", [0, 1])
+def test_build_fetches_what_is_missing(tool, status, tmp_path, monkeypatch):
+    """Apart from the environment's packages; by pip, else uv, else by nobody."""
+    commands = []
+    monkeypatch.setattr(build.importlib.util, "find_spec", lambda name: tool if tool == "pip" else None)
+    monkeypatch.setattr(build.shutil, "which", lambda name: "/bin/uv" if tool == "uv" else None)
+    monkeypatch.setattr(
+        build.subprocess,
+        "run",
+        lambda command, check: commands.append(command) or argparse.Namespace(returncode=status),
+    )
+    monkeypatch.setattr(build.sys, "path", [])
+    for name in ("PATH", "PYTHONPATH"):
+        monkeypatch.setenv(name, "before")
+    build.fetch([], tmp_path)
+    assert not commands
+    if tool is None or status:
+        why = "neither pip nor uv is here to fetch cmake" if tool is None else "cmake could not be installed"
+        with pytest.raises(RuntimeError, match=f"{why}.*: put nvcc and cmake on PATH"):
+            build.fetch(["cmake"], tmp_path)
+        return
+    build.fetch(["cmake"], tmp_path)
+    [command] = commands
+    assert command[-4:] == ["--quiet", "--target", str(tmp_path), "cmake"]
+    assert command[:2] == ([build.sys.executable, "-m"] if tool == "pip" else ["/bin/uv", "pip"])
+    assert os.environ["PATH"] == f"{tmp_path}/bin:before" and os.environ["PYTHONPATH"] == f"{tmp_path}:before"
+
+
 def test_build_leaves_nothing_where_others_may_write(places, monkeypatch):
     (places / "cache").mkdir()
     (places / "cache").chmod(0o777)

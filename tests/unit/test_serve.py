@@ -117,6 +117,13 @@ def test_not_a_port(text, capsys, tmp_path):
     assert not list((tmp_path / "logs").iterdir())
 
 
+@pytest.mark.parametrize("text", ["0", "-3", "x", "9" * 40])
+def test_not_a_number_of_tokens(text, capsys):
+    with pytest.raises(SystemExit):
+        main(["serve", "model", f"--max-tokens={text}"])
+    assert "is not a positive number" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize("host", ["127.0.0.1", "0.0.0.0", "::"])
 @pytest.mark.parametrize("shared", [False, True])
 def test_a_port_that_is_taken(host, shared, tmp_path, capsys):

@@ -142,7 +142,7 @@ def check_tensor(name: str, found: TensorInfo | Tensor, required: Mapping[str, T
 
 
 def differs(name: str, found: TensorInfo, expected: TensorInfo) -> str:
-    spelled = f" ({plain(found.spelling)} there)" if found.spelling else ""
+    spelled = f" ({plain(found.spelling)} there)" if found.spelling not in (None, name) else ""
     return f"{name}{spelled} is {found}, expected {expected}"
 
 
