@@ -258,6 +258,7 @@ WISHES = [
         SERVED,
         engine=wants(enable_lora=True, lora_target_modules=["qkv_proj", "o_proj"]),
     ),
+    Row("dense kernels", untouched, SERVED, engine=wants(additional_config={"mxfp4_sm120": {"dense": "bf16"}})),
     Row("offloading", untouched, "--cpu-offload-params self_attn", engine=wants(cpu_offload_gb=1)),
     Row(
         "offloading of experts",

@@ -121,8 +121,11 @@ class Mxfp4Sm120MoEMethod(FusedMoEMethodBase):
         """Give the loaded tensors to the backend and keep only what it made of them.
 
         The first time it may be another backend than was chosen, if that can't represent these scales. Later times
-        write into the tensors of the first, which CUDA graphs have captured. Raises ValueError.
+        write into the tensors of the first, which CUDA graphs have captured. Nothing where nothing was loaded: some
+        trainers call this for a whole engine. Raises ValueError.
         """
+        if self.prepared and not any(hasattr(layer, name) for name in PARAMETERS):
+            return
         weights = MoEWeights(**{field: getattr(layer, name).data for name, field in PARAMETERS.items()})
         if self.prepared:
             self.check_again(layer, weights)
