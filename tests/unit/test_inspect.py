@@ -88,6 +88,9 @@ def test_floats_are_for_pack(model: Path, tmp_path: Path, capsys: pytest.Capture
     assert (status, report["layout"], report["problems"]) == (0, "bf16", [])
     edit_tensors(tmp_path / "bf16", lambda state: [state.pop(name) for name in list(state) if ".self_attn." in name])
     assert len(inspect(capsys, tmp_path / "bf16")[1]["problems"]) == 18
+    change_config(tmp_path / "bf16", quantization_config={"quant_method": "bitsandbytes"})
+    status, report = inspect(capsys, tmp_path / "bf16")
+    assert status == 1 and "quant_method is 'bitsandbytes', expected a BF16 model" in report["problems"][0]
 
 
 def test_verify_reads_the_manifest(model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
