@@ -31,6 +31,10 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None, scale: Tensor | None,
     return (x.double() @ exact.T + (0 if bias is None else bias.double())).bfloat16()
 
 
+def dequantize(codes: Tensor, scales: Tensor) -> Tensor:
+    return Int8Weights(codes, scales).decode(dtype=torch.float64).bfloat16()
+
+
 def make(layers, machine, prove) -> plan.Plan:
     timings = {
         shape: [plan.Timing(tokens, f"{'int8' if shape.int8 else 'bf16'}_fake", *times) for tokens, *times in TIMES]
@@ -41,4 +45,5 @@ def make(layers, machine, prove) -> plan.Plan:
 
 native.configurations = lambda: TABLE
 native.linear = linear
+native.dequantize = dequantize
 plan.make = make
