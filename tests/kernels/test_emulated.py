@@ -7,8 +7,10 @@ Dependent launches need a card.
 from __future__ import annotations
 
 import ctypes
+import os
 import random
 import shutil
+import signal
 from collections.abc import Callable
 
 import pytest
@@ -288,3 +290,20 @@ def test_router(library: ctypes.CDLL, tokens: int, experts: int, hidden: int):
     for given in (None, bias):
         right = expected if given is None else expected + bias.double()
         torch.testing.assert_close(router(library, x, weight, given).double(), right, rtol=2**-8, atol=1e-3)
+
+
+@pytest.mark.usefixtures("one_thread")  # a child has none of its parent's threads
+@KERNELS_AND_CARDS
+def test_a_block_that_never_arrives_ends_the_kernel(library: ctypes.CDLL, config: int, capfd: pytest.CaptureFixture):
+    """With an error, by those who wait for what it was to make; in a child, for the emulator aborts at a trap."""
+    shape = MoEShape(4, 4, 320, 96, 2)  # of down more than one row block: who makes it waits for both blocks
+    x, logits = inputs(shape, tokens_for(config, 12), 1)
+    layer = Emulated(library, shape, random_weights(shape, "cpu"))
+    child = os.fork()
+    if child == 0:
+        library.emulate(2, True, 0)
+        library.lose_block(1)
+        layer(x, logits, config)
+        os._exit(0)
+    assert os.WTERMSIG(os.waitpid(child, 0)[1]) == signal.SIGABRT
+    assert "a trap ends the kernel" in capfd.readouterr().err

@@ -110,6 +110,18 @@ __device__ __forceinline__ int thread_index() {
   return index;
 }
 
+// ---- waiting ----
+// Whoever waits for another block does so for at most so many rounds: what never comes (a block that ended early, a
+// workspace that another call uses) ends the kernel with an error instead of hanging the device. A round waits for a
+// load from L2, half a microsecond or more, so these are some ten seconds for what takes microseconds. Rounds rather
+// than time: while a debugger or another process's time slice stops a block, it counts none.
+constexpr uint32_t MOST_ROUNDS = 1 << 24;
+// Ends the kernel; its stream reports an error from then on. Behind the waiting loop, and without a branch for the
+// compiler to see: else it costs registers, which sm_120 has to spill.
+__device__ __forceinline__ void trap_if_none_left(uint32_t rounds) {
+  asm volatile("{ .reg .pred p; setp.eq.u32 p, %0, 0; @p trap; }" ::"r"(rounds));
+}
+
 // ---- shared and global memory ----
 __device__ __forceinline__ uint4 lds128(uint32_t a) {
   uint4 v;
@@ -171,6 +183,17 @@ __device__ __forceinline__ int load_acquire(const int* p) {
   int v;
   asm volatile("ld.acquire.gpu.global.s32 %0, [%1];" : "=r"(v) : "l"(p) : "memory");
   return v;
+}
+// Loads until `expected` is there, for at most MOST_ROUNDS. In one piece, which the compiler can't unroll or rotate: of
+// all forms tried, the grouped kernels' main loops beside this one differ least from those beside an endless wait.
+__device__ __forceinline__ void wait_for(const int* p, int expected) {
+  asm volatile(
+      "{ .reg .pred p; .reg .s32 v; .reg .u32 rounds; mov.u32 rounds, %2;\n"
+      "AGAIN: ld.acquire.gpu.global.s32 v, [%0]; sub.u32 rounds, rounds, 1;\n"
+      " setp.ne.s32 p, v, %1; setp.ne.and.u32 p, rounds, 0, p; @p bra AGAIN;\n"
+      " setp.ne.s32 p, v, %1; @p trap; }" ::"l"(p),
+      "r"(expected), "n"(MOST_ROUNDS)
+      : "memory");
 }
 __device__ __forceinline__ void add_release(int* p, int v) {
   asm volatile("red.release.gpu.global.add.s32 [%0], %1;" ::"l"(p), "r"(v) : "memory");

@@ -76,6 +76,7 @@ __global__ void __launch_bounds__(S::THREADS, 1) decode_layer(const MoeArgs args
     auto has = [&](int j) { return rt.expert[token * MAX_TOP_K + j] >= 0; };
     auto y = [&](int j) { return reinterpret_cast<uint4*>(block.y(token * MAX_TOP_K + j) + first); };
     bool missing;
+    uint32_t rounds = MOST_ROUNDS;
     do {
       missing = false;
 #pragma unroll
@@ -83,7 +84,8 @@ __global__ void __launch_bounds__(S::THREADS, 1) decode_layer(const MoeArgs args
         v[j] = has(j) ? load_relaxed(y(j)) : uint4{~0u, ~0u, ~0u, ~0u};
         missing |= !all_there(v[j]);
       }
-    } while (missing);
+    } while (missing && --rounds != 0);
+    trap_if_none_left(rounds);
     float sum[4] = {0.f, 0.f, 0.f, 0.f};
 #pragma unroll
     for (int j = 0; j < MAX_TOP_K; ++j) {

@@ -28,6 +28,7 @@ __device__ __forceinline__ void fetch_row(uint8_t* dst, const uint16_t* row, int
   const int pieces = max(0, (bytes / 16 - lane + 31) / 32);
   uint4 v[PIECES];
   uint32_t left = (1u << pieces) - 1;
+  uint32_t rounds = MOST_ROUNDS;
 #pragma unroll 1
   do {
 #pragma unroll
@@ -39,7 +40,8 @@ __device__ __forceinline__ void fetch_row(uint8_t* dst, const uint16_t* row, int
         left &= ~(1u << p);
         reinterpret_cast<uint4*>(dst)[32 * p + lane] = complement(v[p]);
       }
-  } while (left != 0);
+  } while (left != 0 && --rounds != 0);
+  trap_if_none_left(rounds);
 }
 
 }  // namespace decode

@@ -39,6 +39,7 @@ struct Slice {
   template <typename RowOfColumn>
   __device__ __forceinline__ void load_exchanged(int k_tiles, RowOfColumn row_of_column) {
     bool missing;
+    uint32_t rounds = MOST_ROUNDS;
     do {
       load(
           k_tiles, row_of_column, [](const uint8_t* at) { return load_relaxed(reinterpret_cast<const uint4*>(at)); },
@@ -47,7 +48,8 @@ struct Slice {
 #pragma unroll
       for (int i = 0; i < S::STAGES * S::TILES_PER_WARP; ++i)
         missing |= !all_there(b[i]);
-    } while (missing);
+    } while (missing && --rounds != 0);
+    trap_if_none_left(rounds);
 #pragma unroll
     for (int i = 0; i < S::STAGES * S::TILES_PER_WARP; ++i)
       b[i] = complement(b[i]);

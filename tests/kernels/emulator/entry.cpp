@@ -25,6 +25,7 @@ void emulate(int multiprocessors, bool late_copies, unsigned seed) {
   emu::late_copies = late_copies;
   emu::random.seed(seed);
 }
+void lose_block(int block) { emu::lost_block = block; }
 void switch_on(int fault) { emu::fault = fault; }
 int early_loads() { return std::exchange(emu::early_loads, 0); }
 int64_t moe_workspace_bytes(int M, int H, int I, int local_experts, int top_k) {

@@ -74,10 +74,19 @@ inline uint4 load_if(bool load, const void* p) {
 }
 inline uint4 load_once_if(bool load, const void* p) { return load_if(load, p); }
 inline uint32_t load_u16_if(bool load, const uint16_t* p) { return load ? *p : 0; }
+constexpr uint32_t MOST_ROUNDS = 1 << 17;  // a round is a turn of all threads, not a load from L2
+inline void trap_if_none_left(uint32_t rounds) {
+  if (rounds == 0) emu::fail("a trap ends the kernel");
+}
 inline int thread_index() { return threadIdx.x; }
 inline int load_acquire(const int* p) {
   emu::yield();
   return *p;
+}
+inline void wait_for(const int* p, int expected) {
+  uint32_t rounds = MOST_ROUNDS;
+  while (load_acquire(p) != expected)
+    trap_if_none_left(--rounds);
 }
 inline void add_release(int* p, int v) {
   *p += v;
