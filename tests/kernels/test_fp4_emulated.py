@@ -4,8 +4,10 @@
 from __future__ import annotations
 
 import ctypes
+import os
 import random
 import shutil
+import signal
 from collections.abc import Callable
 
 import pytest
@@ -253,3 +255,22 @@ def test_bad_rows_stay_alone(library: ctypes.CDLL, config: int):
     assert error.max() <= 1e-2, error
     x[bad] = 0
     assert torch.equal(layer(x, logits, config)[others], out[others])
+
+
+@pytest.mark.usefixtures("one_thread")  # a child has none of its parent's threads
+@pytest.mark.parametrize("config", [6, 7], ids=[CONFIGS[6], CONFIGS[7]])
+def test_a_block_that_never_arrives_ends_the_kernel(
+    library: ctypes.CDLL, config: int, capfd: pytest.CaptureFixture[str]
+):
+    """As of the other kernels: with an error, by those who wait for the activations that it was to make."""
+    shape = MoEShape(4, 4, 320, 96, 2)
+    x, logits = inputs(shape, 12, 1)
+    layer = EmulatedFp4(library, shape, random_weights(shape, "cpu"))
+    child = os.fork()
+    if child == 0:
+        library.emulate(2, True, 0)
+        library.lose_block(1)
+        layer(x, logits, config)
+        os._exit(0)
+    assert os.WTERMSIG(os.waitpid(child, 0)[1]) == signal.SIGABRT
+    assert "a trap ends the kernel" in capfd.readouterr().err

@@ -83,8 +83,8 @@ MUTATIONS = tuple(
         (
             "down before its gate-up's terms",
             "fp4_layer.cu",
-            "load_acquire(p.finished + work.token_block) == grouped::row_blocks<S>(p.gemms[0]) * S::WARPS",
-            "true",
+            "if (work.down) wait_for(p.finished + work.token_block, finished_warps<S>(p));",
+            ";",
         ),
     )
 )

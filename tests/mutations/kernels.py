@@ -33,8 +33,8 @@ MUTATIONS = (
     Mutation(
         "down before its gate-up",
         "grouped/loader.cuh",
-        "load_acquire(p.finished + work.token_block) == row_blocks<S>(p.gemms[0]) * S::WARPS",
-        "true",
+        "if (work.down) wait_for(p.finished + work.token_block, finished_warps());",
+        ";",
         SUITE,
     ),
     Mutation(
