@@ -65,6 +65,10 @@ class Setting(Generic[T]):
         value = self.given()
         return self.default if value is None else value
 
+    def is_said(self, options: Mapping[str, Any]) -> bool:
+        """Whether it is the user's wish and not the default."""
+        return self.key in options or self.given() is not None
+
     def said_by(self, options: Mapping[str, Any]) -> str:
         """Where an engine's value comes from, for messages."""
         return f"{JSON} {self.key}" if self.key in options else self.name
@@ -134,9 +138,9 @@ DISABLE_TRITON_MOE = Setting(
 DENSE = Setting(
     "MXFP4_SM120_DENSE",
     _one_of("off", "bf16", "int8"),
-    "off",
+    "bf16",
     "bf16: kernels for few tokens in attention's projections and lm_head, where they are faster; int8: keeps them, and "
-    "the embedding, in 8 bits, too",
+    "the embedding, in 8 bits, too; off: vLLM's own",
     in_json=True,
 )
 ACTIVATION = Setting(

@@ -17,6 +17,8 @@ from vllm.config import set_current_vllm_config
 
 from tests.engine.conftest import Answers, generate, transformers_answers
 from vllm_mxfp4_sm120.checkpoint import required_tensors
+from vllm_mxfp4_sm120.dense import linear as operator
+from vllm_mxfp4_sm120.dense import native, plan
 from vllm_mxfp4_sm120.dense.int8 import Int8Weights
 from vllm_mxfp4_sm120.quantization import dense as quantization
 
@@ -128,22 +130,77 @@ LEFT_TO_VLLM: dict[str, tuple[str, dict, str, str | None]] = {
 }
 
 
+class Proved:
+    """What `Dense.prove` makes of an engine's configuration where a kernel is faster at some size, if `faster`."""
+
+    def __init__(self, patch: pytest.MonkeyPatch, tiny: Path, additional: dict, faster: bool = True, **option) -> None:
+        def make(layers, machine, prove) -> plan.Plan:
+            timing = plan.Timing(8, "a", 1.0, 2.0 if faster else 1.0)
+            return plan.Plan(None, {shape: [timing] for shape in layers.values()})
+
+        self.warnings, self.other = [], []
+        for name, lines in (("warning_once", self.warnings), ("debug_once", self.other), ("info_once", self.other)):
+            patch.setattr(quantization.logger, name, lambda line, *values, lines=lines: lines.append(line % values))
+        patch.setattr(quantization, "get_tensor_model_parallel_world_size", lambda: 1)
+        patch.setattr(native, "configurations", lambda: (native.DenseConfiguration("a", False, 16, 256, 0),))
+        patch.setattr(operator, "_kernels", {})
+        patch.setattr(plan, "make", make)
+        options = {"quantization": "mxfp4_sm120", "additional_config": additional, **option}
+        self.config = EngineArgs(str(tiny), **options).create_engine_config()
+        self.dense = quantization.Dense()
+        self.dense.prove(self.config)
+
+    def ours(self) -> set[str]:
+        """Those of a layer's projections that have a method, lm_head where it would get one."""
+        with set_current_vllm_config(self.config):
+            names = ("qkv_proj", "o_proj", "router")
+            taken = {name for name in names if self.dense.method(f"model.layers.0.attn.{name}")}
+        return taken | (self.dense.shapes.keys() & {"lm_head"})
+
+
 @pytest.mark.parametrize(("kind", "option", "ours", "said"), LEFT_TO_VLLM.values(), ids=LEFT_TO_VLLM)
 def test_layers_that_are_left_to_vllm(
     tiny: Path, kind: str, option: dict, ours: str, said: str | None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    warnings: list[str] = []
-    monkeypatch.setattr(quantization, "get_tensor_model_parallel_world_size", lambda: 1)
-    monkeypatch.setattr(quantization.logger, "warning_once", lambda line, *values: warnings.append(line % values))
-    options = {"quantization": "mxfp4_sm120", "additional_config": dense(kind), **option}
-    config = EngineArgs(str(tiny), **options).create_engine_config()
-    layers = quantization.Dense()
-    layers.prove(config)
-    assert set(layers.shapes) == set(ours.split())
-    assert len(warnings) == (said is not None) and (said or "") in "".join(warnings)
-    with set_current_vllm_config(config):
-        taken = {name for name in ("qkv_proj", "o_proj", "router") if layers.method(f"model.layers.0.attn.{name}")}
-    assert taken == set(ours.split()) - {"lm_head"}
+    proved = Proved(monkeypatch, tiny, dense(kind), **option)
+    assert proved.ours() == set(ours.split())
+    assert len(proved.warnings) == (said is not None) and (said or "") in "".join(proved.warnings)
+    assert proved.config.additional_config == dense(kind if ours else "off")
+
+
+@pytest.mark.parametrize(
+    ("why_not", "option", "said"),
+    [
+        ("it needs an NVIDIA GPU", {}, "it needs an NVIDIA GPU, not dense bf16"),
+        (None, {"linear_backend": "marlin"}, "--linear-backend marlin answers, not dense bf16"),
+    ],
+    ids=["no GPU", "linear_backend"],
+)
+def test_the_default_is_nothing_where_it_can_not_run(
+    tiny: Path, why_not: str | None, option: dict, said: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """One line for whoever asks for debug lines; vLLM's own layers, and its own name for the compiled model."""
+    monkeypatch.setattr(plan, "why_not", lambda machine: why_not)
+    proved = Proved(monkeypatch, tiny, {}, **option)
+    assert not proved.ours() and proved.config.additional_config == {}
+    assert proved.warnings == [] and proved.other == [f"mxfp4_sm120: {said}"]
+
+
+def test_the_default_where_it_can(tiny: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(plan, "why_not", lambda machine: None)
+    proved = Proved(monkeypatch, tiny, {})
+    assert proved.ours() == {"qkv_proj", "o_proj", "lm_head"} and proved.warnings == []
+    assert proved.config.additional_config == dense("bf16")
+    with monkeypatch.context() as patch:
+        patch.setenv("MXFP4_SM120_DENSE", "off")
+        off = Proved(monkeypatch, tiny, {})
+        assert not off.ours() and not off.other and off.config.additional_config == dense("off")
+
+
+def test_where_no_kernel_is_faster_the_model_is_vllms_own(tiny: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    proved = Proved(monkeypatch, tiny, dense("bf16"), faster=False)
+    assert not proved.ours() and proved.config.additional_config == dense("off")
+    assert "by torch's linear, which was faster at every size" in proved.other[0]
 
 
 # The kernels where no GPU is: fake_dense.py. Beside speculation they answer in test_answers.py, in a pipeline in

@@ -98,6 +98,14 @@ def test_which_linear_answers(monkeypatch, capsys):
     monkeypatch.setattr(doctor.plan, "make", lambda *given: asked.append(given) or doctor.plan.Plan("no answer"))
     asked = []
     assert main(["doctor", "--no-proof"]) == 0
+    assert "qkv_proj 5120x2880 bf16 torch's linear: no answer" in capsys.readouterr().out.splitlines()
+    assert [(given[1].name, given[2]) for given in asked] == [("RTX 5090", False)]
+    asked.clear()
+    monkeypatch.setattr(doctor.plan, "why_not", lambda machine: "no library")
+    assert main(["doctor", "--no-proof"]) == 0
+    assert "linear layers           vLLM's own (no library)" in capsys.readouterr().out.splitlines() and not asked
+    monkeypatch.setenv("MXFP4_SM120_DENSE", "off")
+    assert main(["doctor", "--no-proof"]) == 0
     assert "linear layers           vLLM's own (dense is off)" in capsys.readouterr().out.splitlines() and not asked
     monkeypatch.setenv("MXFP4_SM120_DENSE", "int8")
     assert main(["doctor", "--no-proof"]) == 0

@@ -99,9 +99,9 @@ def shapes(config: Mapping[str, Any], tensor_parallel: int, int8: bool) -> dict[
 
 def why_not(machine: Machine) -> str | None:
     """One line saying why no kernel of ours can run here; None if they can."""
-    if (reason := machine.why_unsupported() or library.why_not(machine)) is not None:
-        return reason
-    return "it needs an NVIDIA GPU" if machine.capability is None else None
+    if machine.capability is None:
+        return "it needs an NVIDIA GPU"
+    return machine.why_unsupported() or library.why_not(machine)
 
 
 def make(layers: Mapping[str, LinearShape], machine: Machine, prove: bool = True) -> Plan:

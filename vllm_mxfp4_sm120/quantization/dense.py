@@ -14,7 +14,8 @@ from torch.nn import Parameter
 from vllm_mxfp4_sm120 import NAME, selector, settings
 from vllm_mxfp4_sm120.dense import plan
 from vllm_mxfp4_sm120.dense.int8 import Int8Weights
-from vllm_mxfp4_sm120.dense.linear import LinearShape, linear
+from vllm_mxfp4_sm120.dense.linear import LinearShape, is_served, linear
+from vllm_mxfp4_sm120.platform import Machine
 from vllm_mxfp4_sm120.quantization.dense_bf16 import Bf16Method, Bf16Vocabulary
 from vllm_mxfp4_sm120.quantization.reload import keeps_weight
 from vllm_mxfp4_sm120.quantization.vllm_symbols import (
@@ -137,22 +138,37 @@ class Dense:
         self.shapes: dict[str, LinearShape] = {}
 
     def prove(self, vllm_config: VllmConfig) -> None:
-        """Before a layer is made and takes memory: which linear answers at how many tokens, for this process."""
-        kind = wanted(vllm_config.additional_config)
+        """Before a layer is made and takes memory: which linear answers at how many tokens, for this process.
+
+        `bf16` is vLLM's own model, also by its name among compiled ones, where no kernel of ours answers at any size.
+        """
+        options = settings.engine_options(vllm_config.additional_config)
+        kind, said = settings.DENSE.for_engine(options), settings.DENSE.is_said(options)
         if kind == "off":
             return
-        if kind == "bf16" and (reason := why_vllms_own(vllm_config)) is not None:
-            logger.warning_once("mxfp4_sm120: %s, not dense %s", reason, kind)
-            return
-        self.kind, self.shapes = kind, _shapes(vllm_config, kind)
-        options = settings.engine_options(vllm_config.additional_config)
+        machine = selector.this_machine()
+        reason = why_vllms_own(vllm_config) if kind == "bf16" else None
+        if reason is None and not said:
+            reason = plan.why_not(machine)
+        if reason is not None:
+            (logger.warning_once if said else logger.debug_once)("mxfp4_sm120: %s, not dense %s", reason, kind)
+        else:
+            self._make(vllm_config, kind, machine)
+        if said or self.kind != "off":
+            _write(vllm_config, self.kind)
+
+    def _make(self, vllm_config: VllmConfig, kind: str, machine: Machine) -> None:
+        shapes = _shapes(vllm_config, kind)
         if envs.VLLM_BATCH_INVARIANT:
             made = plan.Plan("VLLM_BATCH_INVARIANT=1 wants the same kernel whatever the number of tokens")
         else:
-            made = plan.make(self.shapes, selector.this_machine(), settings.PROOF.for_engine(options))
+            options = settings.engine_options(vllm_config.additional_config)
+            made = plan.make(shapes, machine, settings.PROOF.for_engine(options))
         made.serve()
-        for name, shape in self.shapes.items():
+        for name, shape in shapes.items():
             logger.info_once("mxfp4_sm120: %s %s by %s", name, shape, made.text(shape))
+        if kind == "int8" or any(is_served(shape.rows, shape.columns, shape.int8) for shape in shapes.values()):
+            self.kind, self.shapes = kind, shapes
 
     def method(self, prefix: str) -> QuantizeMethodBase | None:
         """None for a layer that vLLM's own linear computes."""
@@ -187,28 +203,26 @@ def _shapes(config: VllmConfig, kind: str) -> dict[str, LinearShape]:
     return shapes
 
 
-def wanted(additional_config: object) -> str:
-    """Raises ValueError where --additional-config and the environment contradict each other."""
-    return settings.DENSE.for_engine(settings.engine_options(additional_config))
-
-
 def settle(vllm_config: VllmConfig) -> None:
-    """Write what the environment says into the engine's configuration, which vLLM names compiled models by.
+    """Write what the environment says into the engine's configuration; the default is settled by `Dense.prove`.
 
-    Raises ValueError for what an engine can't be asked for beside INT8.
+    Raises ValueError where --additional-config and the environment contradict each other, and for what an engine can't
+    be asked for beside INT8.
     """
-    kind, model = wanted(vllm_config.additional_config), vllm_config.model_config
-    if kind == "off":
-        return
+    options, model = settings.engine_options(vllm_config.additional_config), vllm_config.model_config
+    kind = settings.DENSE.for_engine(options)
     if kind == "int8" and model.head_dtype != model.dtype:
         raise ValueError(f"dense int8 has no lm_head of dtype {model.head_dtype}; leave head_dtype or dense out")
     if kind == "int8" and _offloads(vllm_config):
         raise ValueError("dense int8 and offloading to the CPU exclude each other; leave one of them out")
+    if settings.DENSE.is_said(options):
+        _write(vllm_config, kind)
+
+
+def _write(vllm_config: VllmConfig, kind: str) -> None:
+    """Into the engine's configuration, which vLLM names compiled models by."""
     options = settings.engine_options(vllm_config.additional_config)
-    vllm_config.additional_config = {
-        **vllm_config.additional_config,
-        NAME: {**options, settings.DENSE.key: kind},
-    }
+    vllm_config.additional_config = {**vllm_config.additional_config, NAME: {**options, settings.DENSE.key: kind}}
 
 
 def why_vllms_own(config: VllmConfig) -> str | None:
