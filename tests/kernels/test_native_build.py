@@ -186,7 +186,7 @@ tuning.check((tuning.Bound("tokens25"),), "a rule")
 """,
     )
     assert result.stdout == "read\n", result.stderr
-    assert "ValueError: a rule: tokens25 is no kernel of _native.so: decode, gathered, tokens24" in result.stderr
+    assert "ValueError: a rule: 'tokens25' is no kernel of _native.so: decode, gathered, tokens24" in result.stderr
 
 
 @pytest.mark.parametrize(

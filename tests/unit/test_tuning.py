@@ -138,10 +138,11 @@ def test_a_folder_that_is_a_link(home: Path) -> None:
     assert find().path == path and list((home / "dotfiles").rglob("*.json"))
 
 
-def test_triton_takes_the_tiles_that_it_took() -> None:
-    """Those of version 0.1.0, now data."""
+def test_triton_takes_the_shipped_tiles() -> None:
+    """Those of version 0.1.0, now data, but for 16 to 23 tokens an expert, where an H100 was faster with others."""
     rule = triton.rule_of(torch.device("cpu"))
-    expected = {16: (16, 64, 256, 4, 3), 16.1: (64, 128, 128, 4, 3), 64: (64, 128, 128, 4, 3), 65: (128, 128, 64, 4, 4)}
+    small, middle, large = (16, 64, 256, 4, 3), (64, 128, 128, 4, 3), (128, 128, 64, 4, 4)
+    expected = {16: small, 16.1: (32, 128, 128, 4, 3), 23: (32, 128, 128, 4, 3), 23.1: middle, 64: middle, 65: large}
     assert {average: triton.tiles_for(rule, 1, average) for average in expected} == {
         average: Tiles(*tiles) for average, tiles in expected.items()
     }
