@@ -31,6 +31,11 @@ def test_weights_are_what_was_measured(config: dict, layout: str, ranks: int, gi
     assert Memory(config).weights(LAYOUT[layout], ranks) / GIB == pytest.approx(gib, rel=0.03)
 
 
+def test_int8_weights_are_what_was_measured() -> None:
+    memory = Memory(SMALL)
+    assert (memory.weights() - memory.dense() + memory.dense_int8()) / GIB == pytest.approx(11.28, rel=0.005)
+
+
 def test_use_before_the_cache_and_its_tokens_are_what_was_measured() -> None:
     """An H100 of 79.2 GiB, 0.4 of them for vLLM, batches of 16384 tokens: 14.2 GiB, then 378,030 tokens."""
     memory = Memory(SMALL)
