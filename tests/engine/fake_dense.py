@@ -15,7 +15,7 @@ from vllm_mxfp4_sm120.dense import native, plan
 from vllm_mxfp4_sm120.dense.int8 import Int8Weights
 
 TABLE = tuple(native.DenseConfiguration(name, "int8" in name, 16, 256, 0) for name in ("bf16_fake", "int8_fake"))
-# (tokens, microseconds of ours, of torch's): ours at 3 to 16, where prompts are decoded at once, by halves in a pipeline.
+# (tokens, microseconds of ours, of torch's): ours at 3 to 16, where prompts are decoded together, a half in a pipeline.
 TIMES = ((1, 9.0, 8.0), (2, 9.0, 8.0), (16, 9.0, 12.0), (32, 9.0, 9.0))
 
 
