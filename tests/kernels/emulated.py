@@ -4,13 +4,17 @@
 from __future__ import annotations
 
 import ctypes
+import faulthandler
 import hashlib
+import os
 import shutil
+import signal
 import subprocess
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
+import pytest
 import torch
 from filelock import FileLock
 from torch import Tensor
@@ -209,6 +213,19 @@ def dense_configs(library: ctypes.CDLL) -> list[str]:
     while (name := library.dense_name(len(found))) is not None:
         found.append(name.decode())
     return found
+
+
+def assert_a_lost_block_traps(library: ctypes.CDLL, call: Callable[[], object], capfd: pytest.CaptureFixture) -> None:
+    """In a child, for the emulator aborts at a trap."""
+    child = os.fork()
+    if child == 0:
+        faulthandler.disable()  # it would print where, as of a crash
+        library.emulate(2, True, 0)
+        library.lose_block(1)
+        call()
+        os._exit(0)
+    assert os.WTERMSIG(os.waitpid(child, 0)[1]) == signal.SIGABRT
+    assert "a trap ends the kernel" in capfd.readouterr().err
 
 
 def dequantized(library: ctypes.CDLL, codes: Tensor, scales: Tensor) -> Tensor:

@@ -7,17 +7,14 @@ Dependent launches need a card.
 from __future__ import annotations
 
 import ctypes
-import faulthandler
-import os
 import random
 import shutil
-import signal
 from collections.abc import Callable
 
 import pytest
 import torch
 
-from tests.kernels.emulated import Emulated, MoeArgs, configs, router
+from tests.kernels.emulated import Emulated, MoeArgs, assert_a_lost_block_traps, configs, router
 from tests.support.layers import random_weights
 from vllm_mxfp4_sm120.moe import Activation, MoEShape, reference, topk_softmax
 
@@ -300,12 +297,4 @@ def test_a_block_that_never_arrives_ends_the_kernel(library: ctypes.CDLL, config
     shape = MoEShape(4, 4, 320, 96, 2)  # of down more than one row block: who makes it waits for both blocks
     x, logits = inputs(shape, tokens_for(config, 12), 1)
     layer = Emulated(library, shape, random_weights(shape, "cpu"))
-    child = os.fork()
-    if child == 0:
-        faulthandler.disable()  # it would print where, as of a crash
-        library.emulate(2, True, 0)
-        library.lose_block(1)
-        layer(x, logits, config)
-        os._exit(0)
-    assert os.WTERMSIG(os.waitpid(child, 0)[1]) == signal.SIGABRT
-    assert "a trap ends the kernel" in capfd.readouterr().err
+    assert_a_lost_block_traps(library, lambda: layer(x, logits, config), capfd)

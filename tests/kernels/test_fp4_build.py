@@ -12,7 +12,6 @@ from pathlib import Path
 import pytest
 
 from tests.kernels.building import KERNELS, run
-from vllm_mxfp4_sm120.backends.native import library as native_library
 
 KNOWN = {  # the newest cards that an nvcc's --list-gpu-arch says
     "12.6": ("80", "89", "90"),
@@ -78,24 +77,6 @@ def fp4_architectures(nvcc: Path, cards: str) -> str:
     return run(
         "cmake", "-DFP4=ON", f"-DNVCC={nvcc}", "-P", KERNELS / "architectures.cmake", **environment
     ).stderr.strip()
-
-
-@pytest.mark.parametrize(
-    ("built", "capability", "runs"),
-    [
-        ("120a-real", (12, 0), True),
-        ("120a-real", (12, 1), False),
-        ("120a-real 121a-real", (12, 1), True),
-        ("120f-real", (12, 0), True),
-        ("120f-real", (12, 1), True),
-        ("120f-real", (10, 0), False),
-        ("121f-real", (12, 0), False),
-        ("121f-real", (12, 1), True),
-        ("", (12, 0), False),
-    ],
-)
-def test_which_cards_run_them(built: str, capability: tuple[int, int], runs: bool):
-    assert native_library.covers(built, capability) is runs
 
 
 def test_a_compiler_that_is_too_old_builds_all_else(tmp_path: Path):

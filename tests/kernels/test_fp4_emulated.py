@@ -4,18 +4,15 @@
 from __future__ import annotations
 
 import ctypes
-import faulthandler
-import os
 import random
 import shutil
-import signal
 from collections.abc import Callable
 
 import pytest
 import torch
 from torch import Tensor
 
-from tests.kernels.emulated import Emulated
+from tests.kernels.emulated import Emulated, assert_a_lost_block_traps
 from tests.kernels.emulated_fp4 import SELECTORS, EmulatedFp4, fp4_configs, product
 from tests.kernels.test_emulated import inputs
 from tests.support.layers import random_weights
@@ -267,12 +264,4 @@ def test_a_block_that_never_arrives_ends_the_kernel(
     shape = MoEShape(4, 4, 320, 96, 2)
     x, logits = inputs(shape, 12, 1)
     layer = EmulatedFp4(library, shape, random_weights(shape, "cpu"))
-    child = os.fork()
-    if child == 0:
-        faulthandler.disable()  # it would print where, as of a crash
-        library.emulate(2, True, 0)
-        library.lose_block(1)
-        layer(x, logits, config)
-        os._exit(0)
-    assert os.WTERMSIG(os.waitpid(child, 0)[1]) == signal.SIGABRT
-    assert "a trap ends the kernel" in capfd.readouterr().err
+    assert_a_lost_block_traps(library, lambda: layer(x, logits, config), capfd)

@@ -83,7 +83,7 @@ MUTATIONS = tuple(
         (
             "down before its gate-up's terms",
             "fp4_layer.cu",
-            "if (work.down) wait_for(p.finished + work.token_block, finished_warps<S>(p));",
+            "if (work.down) wait_for(p.finished + work.token_block, grouped::finished_warps<S>(p.gemms[0]));",
             ";",
         ),
     )

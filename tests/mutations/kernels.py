@@ -33,7 +33,7 @@ MUTATIONS = (
     Mutation(
         "down before its gate-up",
         "grouped/loader.cuh",
-        "if (work.down) wait_for(p.finished + work.token_block, finished_warps());",
+        "if (work.down) wait_for(p.finished + work.token_block, finished_warps<S>(p.gemms[0]));",
         ";",
         SUITE,
     ),

@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from vllm_mxfp4_sm120.dense import native
-from vllm_mxfp4_sm120.dense.int8 import Int8Weights
+from vllm_mxfp4_sm120.dense.int8 import Decode, Int8Weights
 
 TORCHS_OWN = -1  # in place of a kernel's number
 
@@ -50,13 +50,13 @@ def kernel_for(tokens: int, rows: int, columns: int, int8: bool) -> int:
     return kernels[tokens] if tokens < len(kernels) else TORCHS_OWN
 
 
-def torchs_linear(x: Tensor, weight: Tensor, scale: Tensor | None, bias: Tensor | None) -> Tensor:
-    """What answers where no kernel does, and what kernels are timed beside."""
+def torchs_linear(
+    x: Tensor, weight: Tensor, scale: Tensor | None, bias: Tensor | None, decode: Decode | None = None
+) -> Tensor:
+    """What answers where no kernel does, and what kernels are timed beside; `decode` as of `Int8Weights.linear`."""
     if scale is None:
         return functional.linear(x, weight, bias)
-    # Where kernels were proved for this shape, the one that decodes was, too.
-    proved = (*weight.shape, True) in _kernels
-    return Int8Weights(weight, scale).linear(x, bias, native.dequantize if proved else None)
+    return Int8Weights(weight, scale).linear(x, bias, decode)
 
 
 # The wall before a compiled model, which vLLM keeps for later starts, on other cards, too: inside, what answers depends
@@ -69,7 +69,9 @@ def linear(x: Tensor, weight: Tensor, scale: Tensor | None, bias: Tensor | None)
     if kernel != TORCHS_OWN:
         out = native.linear(x.reshape(-1, columns).contiguous(), weight, bias, scale, kernel)
         return out.view(*x.shape[:-1], rows)
-    return torchs_linear(x, weight, scale, bias)
+    # Where kernels were proved for this shape, the one that decodes was, too.
+    proved = (rows, columns, True) in _kernels
+    return torchs_linear(x, weight, scale, bias, native.dequantize if proved else None)
 
 
 @linear.register_fake

@@ -70,9 +70,7 @@ class Problem:
         return native.linear(x, self.weight, self.bias, self.scale, kernel)
 
     def torchs(self, x: Tensor) -> Tensor:
-        if self.scale is None:
-            return torchs_linear(x, self.weight, None, self.bias)
-        return Int8Weights(self.weight, self.scale).linear(x, self.bias, native.dequantize)
+        return torchs_linear(x, self.weight, self.scale, self.bias, native.dequantize)
 
     def reference(self, x: Tensor) -> Tensor:
         """float64 [M, N], a few rows of the weights at a time."""
@@ -115,7 +113,7 @@ def what_is_wrong(problem: Problem) -> str | None:
     """With the answers of any of the kernels, one line; None if all are right."""
     if problem.scale is not None:
         weights = Int8Weights(problem.weight, problem.scale)
-        if not torch.equal(native.dequantize(*vars(weights).values()), weights.decode(dtype=torch.bfloat16)):
+        if not torch.equal(native.dequantize(weights.codes, weights.scales), weights.decode(dtype=torch.bfloat16)):
             return "wrong numbers: INT8 weights decoded to BF16 aren't what torch makes of them"
     x = inputs(problem.shape, max(CHECKED), problem.weight.device)
     right = problem.reference(x) / problem.row_sizes
@@ -137,18 +135,19 @@ def what_is_wrong(problem: Problem) -> str | None:
     return None
 
 
-def kernels(shape: LinearShape) -> Iterator[tuple[int, DenseConfiguration]]:
-    """Those of the library that take the shape, by number."""
+def kernels(shape: LinearShape, tokens: int = 1) -> Iterator[tuple[int, DenseConfiguration]]:
+    """Those of the library that take the shape, by number, and read the weights at most `READINGS` times."""
     for number, config in enumerate(native.configurations()):
-        if config.int8 == shape.int8:
+        if config.int8 == shape.int8 and tokens <= READINGS * config.tokens:
             yield number, config
 
 
 def timings(problem: Problem) -> Iterator[Timing]:
     """At each size that any of our kernels takes well, the fastest of them, and torch's."""
     copies = problem.copies()
-    most = READINGS * max(config.tokens for _, config in kernels(problem.shape))
-    for tokens in (tokens for tokens in TIMED if tokens <= most):
+    for tokens in TIMED:
+        if not any(kernels(problem.shape, tokens)):
+            continue
         times = times_at(tokens, copies)
         torchs = times.pop(TORCHS)
         name = min(times, key=times.__getitem__)
@@ -156,13 +155,11 @@ def timings(problem: Problem) -> Iterator[Timing]:
 
 
 def times_at(tokens: int, copies: list[Problem]) -> dict[str, float]:
-    """Microseconds of torch's linear, and of each kernel that reads the weights at most `READINGS` times."""
+    """Microseconds of torch's linear, and of `kernels`."""
     shape, device = copies[0].shape, copies[0].weight.device
     x = inputs(shape, tokens, device)
     calls: dict[str, Callable[[Problem], Tensor]] = {TORCHS: lambda copy: copy.torchs(x)}
-    for number, config in kernels(shape):
-        if tokens > READINGS * config.tokens:
-            continue
+    for number, config in kernels(shape, tokens):
         calls[config.name] = partial(Problem.ours, x=x, kernel=number)
     return microseconds(calls, copies, device)
 

@@ -170,7 +170,7 @@ __device__ __forceinline__ void store(const DenseArgs& args, float* sums, int fi
       for (int w = 0; w < S::WARPS; ++w)
         sum += sums[w * S::SUM_FLOATS + token * S::SUM_PITCH + row];
       args.out[static_cast<int64_t>(first_token + token) * args.N + first_row + row] =
-          static_cast<uint16_t>(pack_bf16x2(sum * S::Weights::OF_SUMS, 0.f));
+          to_bf16(sum * S::Weights::OF_SUMS);
     }
   }
 }
@@ -196,7 +196,7 @@ __global__ void __launch_bounds__(S::THREADS, S::BLOCKS) linear(const DenseArgs 
       token_loader.load(x[half][m], half, m);
   token_loader.advance();
   uint32_t stage = queue;
-  const Opaque opaque(args);
+  const uint32_t zero = static_cast<uint32_t>(args.K) >> 31;
 #pragma unroll 1
   for (int row = rows.begin; row < rows.end; row += rows.of_pass) {
     float acc[S::ROW_TILES][S::TOKEN_TILES][4];
@@ -210,7 +210,7 @@ __global__ void __launch_bounds__(S::THREADS, S::BLOCKS) linear(const DenseArgs 
         const typename Weights::Half w(stage, half);
 #pragma unroll
         for (int m = 0; m < S::TOKEN_TILES; ++m) {
-          const TokenFragments<S::BOTH> tokens(x[half][m], opaque.zero);
+          const TokenFragments<S::BOTH> tokens(x[half][m], zero);
           token_loader.load(x[half][m], half, m);
 #pragma unroll
           for (int n = 0; n < S::ROW_TILES; ++n)

@@ -171,8 +171,6 @@ __device__ __forceinline__ void multiply(Accumulators<T>& acc, uint32_t stage) {
   }
 }
 
-__device__ __forceinline__ uint16_t to_bf16(float v) { return static_cast<uint16_t>(pack_bf16x2(v, 0.f)); }
-
 // A pass's outputs, or where K is split, its partial sums: eight rows of a token side by side.
 template <typename T>
 __device__ __forceinline__ void store(const DenseArgs& args, const Split& split, const Loader<T>& loader, int first_row,

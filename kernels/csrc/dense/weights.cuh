@@ -21,12 +21,6 @@ namespace dense {
 
 constexpr int STEP = DENSE_STEP, HALF = DENSE_BLOCK;  // k
 
-// Constants that the compiler doesn't know: those that it knows it makes anew for each tile.
-struct Opaque {
-  uint32_t zero;
-  __device__ __forceinline__ explicit Opaque(const DenseArgs& args) : zero(static_cast<uint32_t>(args.K) >> 31) {}
-};
-
 // A word's four int8 numbers, each plus 128: what `whole_pair` takes.
 __device__ __forceinline__ uint32_t offset_by_128(uint32_t word) { return word ^ 0x80808080u; }
 
@@ -44,12 +38,11 @@ struct HalfOfTokens {
 };
 
 // The same, as the half's two products take it: four registers in a row each. Of the loads' registers the compiler
-// would make those anew for each row tile, if it saw that these are the same.
+// would make those anew for each row tile, if it saw that these are the same. `zero` is 0, which it doesn't know.
 template <bool BOTH>
 struct TokenFragments {
   static constexpr int SUMS = BOTH ? 4 : 2;  // of a product's four that belong to tokens
   uint32_t a[2][4];
-  __device__ __forceinline__ TokenFragments() {}
   __device__ __forceinline__ TokenFragments(const HalfOfTokens<BOTH>& x, uint32_t zero) {
     const uint4 upper = x.of[0], lower = BOTH ? x.of[BOTH ? 1 : 0] : uint4{0, 0, 0, 0};
     const uint32_t words[2][4] = {{upper.x, lower.x, upper.y, lower.y}, {upper.z, lower.z, upper.w, lower.w}};

@@ -50,14 +50,10 @@ __global__ void __launch_bounds__(256) tokens_to_terms(const uint16_t* x, uint8_
                                                               __byte_perm(scales, others, 0x7362), 0, 0};
 }
 
-// A token block's warps that have finished gate-up, once all have.
-template <typename S>
-__device__ __forceinline__ int finished_warps(const Layer& p) {
-  return grouped::row_blocks<S>(p.gemms[0]) * S::WARPS;
-}
+// Has gate-up finished the work tile's token block?
 template <typename S>
 __device__ __forceinline__ bool is_ready(const Layer& p, const WorkTile& work) {
-  return !work.down || load_acquire(p.finished + work.token_block) == finished_warps<S>(p);
+  return !work.down || load_acquire(p.finished + work.token_block) == grouped::finished_warps<S>(p.gemms[0]);
 }
 
 template <typename S>
@@ -74,7 +70,7 @@ __global__ void __launch_bounds__(S::THREADS, S::BLOCKS) fp4_gemms(const __grid_
   bool filled = false;
   while (work.expert >= 0) {
     if (!filled) {
-      if (work.down) wait_for(p.finished + work.token_block, finished_warps<S>(p));
+      if (work.down) wait_for(p.finished + work.token_block, grouped::finished_warps<S>(p.gemms[0]));
       loader.fill(p, work, smem);
     }
     if (threadIdx.x == 0) shared.taken = gridDim.x + atomicAdd(p.taken, 1);

@@ -29,10 +29,9 @@ struct Loader {
     return work_tile_of<S>(shared.taken[turn % TURNS], p, shared.blocks);
   }
 
-  // A token block's warps that have finished gate-up, once all have.
-  __device__ __forceinline__ int finished_warps() const { return row_blocks<S>(p.gemms[0]) * S::WARPS; }
+  // Has gate-up finished the work tile's token block?
   __device__ __forceinline__ bool is_ready(const WorkTile& work) const {
-    return load_acquire(p.finished + work.token_block) == finished_warps();
+    return load_acquire(p.finished + work.token_block) == finished_warps<S>(p.gemms[0]);
   }
 
   // The next work tile, if there is one and its tokens are there: who works on one must not wait for others.
@@ -44,7 +43,7 @@ struct Loader {
     copies = 0;
   }
   __device__ __forceinline__ void begin_when_ready(const WorkTile& work) {
-    if (work.down) wait_for(p.finished + work.token_block, finished_warps());
+    if (work.down) wait_for(p.finished + work.token_block, finished_warps<S>(p.gemms[0]));
     begin(work);
   }
 

@@ -23,6 +23,11 @@ template <typename S>
 __device__ __forceinline__ int row_blocks(const Gemm& p) {
   return (p.rows / TILE + S::WARPS - 1) / S::WARPS;
 }
+// A token block's warps that have finished gate-up, once all have.
+template <typename S>
+__device__ __forceinline__ int finished_warps(const Gemm& gate_up) {
+  return row_blocks<S>(gate_up) * S::WARPS;
+}
 
 // How many warps share a tile row of the last row block, which has `left` of them (0: as many as the others).
 template <typename S>

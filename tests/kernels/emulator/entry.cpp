@@ -54,8 +54,7 @@ const char* dense(const DenseArgs* given, int config) {
   DenseArgs args = *given;
   std::vector<float> partial(chosen.workspace_bytes(args, device()) / 4, NAN);
   args.partial = partial.data();
-  const std::string why = why_not(chosen, chosen.int8);
-  return why.empty() ? chosen.launch(args, device(), nullptr) : kept(why);
+  return chosen.launch(args, device(), nullptr);
 }
 const char* dense_chosen(bool int8, int tokens) { return first_fit(int8, tokens).name.c_str(); }
 const char* dense_dequantized(const DenseArgs* args) { return dense_dequantize(*args, device(), nullptr); }

@@ -145,12 +145,6 @@ inline void mma_bf16(float (&d)[4], uint32_t a0, uint32_t a1, uint32_t a2, uint3
   });
 }
 
-inline void mma_bf16_of_zero(float (&d)[4], uint32_t a0, uint32_t a1, uint32_t a2, uint32_t a3, uint32_t b0,
-                             uint32_t b1) {
-  d[0] = d[1] = d[2] = d[3] = 0;
-  mma_bf16(d, a0, a1, a2, a3, b0, b1);
-}
-
 inline uint32_t mul_bf16x2(uint32_t a, float lo, float hi) {
   return __float2bfloat16_rn(half_of(a, 0) * lo).bits |
          static_cast<uint32_t>(__float2bfloat16_rn(half_of(a, 1) * hi).bits) << 16;
