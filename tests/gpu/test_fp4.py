@@ -8,12 +8,13 @@ from __future__ import annotations
 
 import math
 from dataclasses import asdict
+from functools import cache
 
 import pytest
 import torch
 from torch import Tensor
 
-from tests.support.layers import random_weights
+from tests.support.layers import BAD, OVERFLOWS, adversarial, random_weights
 from vllm_mxfp4_sm120 import proof, selector
 from vllm_mxfp4_sm120.backends.native import Native, fp4, library
 from vllm_mxfp4_sm120.fp4 import plan, trial
@@ -24,6 +25,8 @@ CONFIGS = range(8)
 # Of a layer's output against float64, by terms.
 TOLERANCE = {1: 0.25, 2: 3e-2, 3: 3.2e-3, 4: 2.1e-3}
 GPT_OSS = MoEShape(32, 32, 2880, 2880, 4)
+# A sixteenth of its work: both K end in half a step, and the last row blocks have fewer tile rows.
+SMALL = MoEShape(16, 16, 1440, 736, 4)
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -38,13 +41,21 @@ def _fp4_here() -> None:
         pytest.skip(reason)
 
 
-def problem(shape: MoEShape, tokens: int, seed: int = 0) -> tuple[dict[str, Tensor], Tensor, Tensor, Tensor]:
+@cache
+def problem(shape: MoEShape, tokens: int) -> tuple[dict[str, Tensor], Tensor, Tensor, Tensor]:
     """Weights prepared, x, topk_ids and topk_weights, on the GPU."""
-    generator = torch.Generator().manual_seed(seed)
+    generator = torch.Generator().manual_seed(0)
     x = torch.randn(tokens, shape.hidden_size, generator=generator).bfloat16()
     ids, gates = topk_softmax(torch.randn(tokens, shape.num_experts, generator=generator), shape.top_k)
     prepared = Native(shape).prepare(random_weights(shape, "cuda").clone())
     return prepared, x.cuda(), ids.int().contiguous().cuda(), gates.contiguous().cuda()
+
+
+@cache
+def right(shape: MoEShape, tokens: int) -> Tensor:
+    """Its answer in float64."""
+    _, x, ids, gates = problem(shape, tokens)
+    return reference(random_weights(shape, "cuda"), x, ids.long(), gates, shape.activation)
 
 
 def forced(shape: MoEShape, config: int, first: int = 0) -> Native:
@@ -69,19 +80,52 @@ def forced(shape: MoEShape, config: int, first: int = 0) -> Native:
 def test_right(config: int, shape: MoEShape, tokens: int):
     prepared, x, ids, gates = problem(shape, tokens)
     out = forced(shape, config).forward(prepared, x, ids, gates)
-    right = reference(random_weights(shape, "cuda"), x, ids.long(), gates, shape.activation)
-    error = float((out.double() - right).norm() / right.norm())
+    error = float((out.double() - right(shape, tokens)).norm() / right(shape, tokens).norm())
     assert error <= TOLERANCE[fp4.configurations()[config].terms], error
 
 
 @pytest.mark.parametrize("config", CONFIGS)
-def test_the_same_bits_a_thousand_times(config: int):
-    prepared, x, ids, gates = problem(GPT_OSS, 600)
-    first = forced(GPT_OSS, config).forward(prepared, x, ids, gates)
-    different = sum(
-        not torch.equal(forced(GPT_OSS, config).forward(prepared, x, ids, gates), first) for _ in range(1000)
+def test_a_rank_s_experts_of_which_most_tokens_choose_one(config: int):
+    shape, tokens = MoEShape(16, 4, 1440, 736, 4), 500
+    prepared, x, *_ = problem(shape, tokens)
+    expert_map = proof.problem.scattered(shape, "cuda")
+    logits = torch.randn(tokens, shape.num_experts, generator=torch.Generator().manual_seed(1)).cuda()
+    logits[:, 3] += 5  # is the first of the local ones
+    out = forced(shape, config).forward_logits(prepared, x, logits, expert_map)
+    expected = reference(
+        random_weights(shape, "cuda"), x, *topk_softmax(logits, shape.top_k), shape.activation, expert_map
     )
-    assert different == 0
+    error = float((out.double() - expected).norm() / expected.norm())
+    assert error <= TOLERANCE[fp4.configurations()[config].terms], error
+
+
+@pytest.mark.parametrize("config", CONFIGS)
+def test_bad_rows_stay_alone(config: int):
+    """As in the emulator: NaN and infinity make their token NaN and no other, whatever the others hold."""
+    shape = MoEShape(4, 4, 96, 96, 2)
+    prepared = Native(shape).prepare(random_weights(shape, "cuda").clone())
+    x, logits = adversarial(40, 96).cuda(), torch.randn(40, 4, generator=torch.Generator().manual_seed(0)).cuda()
+    layer, others = forced(shape, config), torch.ones(40, dtype=torch.bool, device="cuda")
+    others[BAD] = others[OVERFLOWS] = False
+    out = layer.forward_logits(prepared, x, logits)
+    assert out[BAD].isnan().all() and out[others].isfinite().all()
+    routing = topk_softmax(logits[others], shape.top_k)
+    expected = reference(random_weights(shape, "cuda"), x[others], *routing, shape.activation)
+    errors = (out[others].double() - expected).norm(dim=1) / expected.norm(dim=1)
+    assert errors.max() <= (0.4, 0.12, 5e-3, 2.5e-3)[fp4.configurations()[config].terms - 1], errors
+    x[BAD] = 0
+    assert torch.equal(layer.forward_logits(prepared, x, logits)[others], out[others])
+
+
+@pytest.mark.parametrize(("shape", "tokens", "times"), [(SMALL, 300, 1000), (GPT_OSS, 600, 50)], ids=str)
+@pytest.mark.parametrize("config", CONFIGS)
+def test_the_same_bits_a_thousand_times(config: int, shape: MoEShape, tokens: int, times: int):
+    prepared, x, ids, gates = problem(shape, tokens)
+    layer = forced(shape, config)
+    first, different = layer.forward(prepared, x, ids, gates), torch.zeros((), dtype=torch.bool, device="cuda")
+    for _ in range(times):
+        different |= (layer.forward(prepared, x, ids, gates) != first).any()
+    assert not different
 
 
 @pytest.mark.parametrize("config", CONFIGS)
@@ -135,7 +179,7 @@ def test_a_plan_in_cuda_graphs():
         assert not torch.equal(out, other.forward_logits(prepared, x, logits))
 
 
-@pytest.mark.parametrize("shape", [GPT_OSS, MoEShape(32, 8, 2880, 2880, 4)], ids=["whole", "a rank's experts"])
+@pytest.mark.parametrize("shape", [GPT_OSS, MoEShape(16, 4, 1440, 736, 4)], ids=["whole", "a rank's experts"])
 def test_the_trial_in_a_process_of_its_own(shape: MoEShape):
     """Every kernel of two terms and more is right by the proof's own problem, and timed, whichever is faster."""
     problem = proof.problem_shape(Machine.here(), shape)

@@ -15,7 +15,7 @@ from torch import Tensor
 from tests.kernels.emulated import Emulated, assert_a_lost_block_traps
 from tests.kernels.emulated_fp4 import SELECTORS, EmulatedFp4, fp4_configs, product
 from tests.kernels.test_emulated import inputs
-from tests.support.layers import random_weights
+from tests.support.layers import BAD, OVERFLOWS, adversarial, random_weights
 from vllm_mxfp4_sm120 import terms as fp4_terms
 from vllm_mxfp4_sm120.moe import Activation, MoEShape, MoEWeights, activate, reference, topk_softmax
 from vllm_mxfp4_sm120.mxfp4 import E2M1_VALUES, dequantize
@@ -110,22 +110,6 @@ def test_a_scale_of_255_is_nan(library: ctypes.CDLL, twin: bool):
     expected = torch.zeros(16, 8)
     expected[3] = torch.nan
     assert torch.equal(out.isnan(), accumulators(expected).isnan()) and not out.nan_to_num().any()
-
-
-BAD, OVERFLOWS = [5, 6, 7], 3  # rows of `adversarial`: with NaN or infinity; whose sums are beyond FP32
-
-
-def adversarial(rows: int, k: int) -> Tensor:
-    """Blocks that are hard to write as terms: far neighbours, zeros, subnormals, the largest, ties, NaN, infinity."""
-    generator = torch.Generator().manual_seed(rows)
-    x = torch.randn(rows, k, generator=generator)
-    x[0, ::32] *= 2**20
-    x[1], x[2], x[3] = 0, x[3] * 2**-130, x[4].sign() * torch.finfo(torch.bfloat16).max
-    x[4] = torch.arange(k) % 29 * 0.25 - 3.5
-    x[5, 1], x[6, 2], x[7, 3] = torch.nan, torch.inf, -torch.inf
-    x[8] = -0.0
-    x[9] = x[9] * 2.0 ** torch.randint(-140, 120, (k,), generator=generator)
-    return x.bfloat16()
 
 
 @EACH
@@ -236,7 +220,7 @@ def test_the_same_bits_in_any_order_and_call_after_call(library: ctypes.CDLL, co
     assert all(torch.equal(out, outs[0]) for out in outs)
 
 
-@pytest.mark.parametrize("config", [5, 7], ids=[CONFIGS[5], CONFIGS[7]])
+@EACH
 def test_bad_rows_stay_alone(library: ctypes.CDLL, config: int):
     """NaN and infinity make their token NaN and no other; sums beyond FP32 do what they do in the BF16 kernels."""
     shape = MoEShape(4, 4, 96, 96, 2)
@@ -250,7 +234,7 @@ def test_bad_rows_stay_alone(library: ctypes.CDLL, config: int):
     others[bad] = others[OVERFLOWS] = False
     right = reference(random_weights(shape, "cpu"), x[others], *topk_softmax(logits[others], 2), shape.activation)
     error = (out[others].double() - right).norm(dim=1) / right.norm(dim=1)
-    assert error.max() <= 1e-2, error
+    assert error.max() <= (0.4, 0.12, 5e-3, 2.5e-3)[config // 2], error
     x[bad] = 0
     assert torch.equal(layer(x, logits, config)[others], out[others])
 

@@ -43,3 +43,22 @@ def random_inputs(
     generator = torch.Generator(device).manual_seed(seed)
     x = torch.randn(tokens, shape.hidden_size, device=device, generator=generator).bfloat16()
     return x, torch.randn(tokens, shape.num_experts, device=device, generator=generator)
+
+
+BAD, OVERFLOWS = [5, 6, 7], 3  # rows of `adversarial`: with NaN or infinity; whose sums are beyond FP32
+
+
+def adversarial(rows: int, k: int) -> Tensor:
+    """bf16 [rows, k] of blocks that are hard to write as FP4 terms.
+
+    Far neighbours, zeros, subnormals, the largest number, ties, NaN, infinity.
+    """
+    generator = torch.Generator().manual_seed(rows)
+    x = torch.randn(rows, k, generator=generator)
+    x[0, ::32] *= 2**20
+    x[1], x[2], x[3] = 0, x[3] * 2**-130, x[4].sign() * torch.finfo(torch.bfloat16).max
+    x[4] = torch.arange(k) % 29 * 0.25 - 3.5
+    x[5, 1], x[6, 2], x[7, 3] = torch.nan, torch.inf, -torch.inf
+    x[8] = -0.0
+    x[9] = x[9] * 2.0 ** torch.randint(-140, 120, (k,), generator=generator)
+    return x.bfloat16()
