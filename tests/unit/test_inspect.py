@@ -11,12 +11,14 @@ import huggingface_hub
 import pytest
 import torch
 from safetensors import safe_open
+from safetensors.torch import load_file, save_file
 
 from tests.support.checkpoints import change_config, change_tensors, edit_tensors, write_small
 from vllm_mxfp4_sm120 import packing
 from vllm_mxfp4_sm120.checkpoint import survey as survey_module
 from vllm_mxfp4_sm120.checkpoint.survey import survey
 from vllm_mxfp4_sm120.cli.__main__ import main
+from vllm_mxfp4_sm120.cli.inspect import examine
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 LAYER = "model.layers.1.mlp.experts"
@@ -82,6 +84,27 @@ def test_fifty_missing_tensors_are_fifty_lines(model: Path, capsys: pytest.Captu
     assert len(missing) == 19
 
 
+def test_what_lies_in_damaged_files_is_named_beside_the_rest(tmp_path: Path, capsys) -> None:
+    write_small(tmp_path / "model", shard_bytes=12000)
+    files = sorted((tmp_path / "model").glob("*.safetensors"))
+    files[1].write_bytes(files[1].read_bytes()[:-1])
+    files[2].unlink()
+    save_file({name: tensor.double() for name, tensor in load_file(files[0]).items()}, files[0])
+    status, report = inspect(capsys, tmp_path / "model")
+    cut, absent, *tensors = report["problems"]
+    assert status == 1 and "cut short" in cut and files[1].name in cut and files[2].name in absent
+    assert "model.embed_tokens.weight is F64 [40, 96], expected BF16 [40, 96]" in tensors
+    assert "lm_head.weight (BF16 [40, 96]) missing" in tensors and len(tensors) == 9
+
+
+def test_no_experts_at_all(model: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """As transformers saves a model that it has dequantized."""
+    edit_tensors(model, lambda state: [state.pop(name) for name in list(state) if ".experts." in name])
+    assert main(["inspect", str(model)]) == 1
+    out = capsys.readouterr().out
+    assert "no experts among its tensors" in out and out.endswith("12 problems\n")
+
+
 def test_floats_are_for_pack(model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     packing.unpack(model, tmp_path / "bf16")
     status, report = inspect(capsys, tmp_path / "bf16")
@@ -119,6 +142,10 @@ def test_a_repository_from_the_cache_or_by_its_headers(model: Path, monkeypatch:
     monkeypatch.setattr(huggingface_hub, "get_safetensors_metadata", lambda _: files)
     remote = survey("someone/model")
     assert (remote.layout, remote.problems()) == ("mxfp4", [])
+    # Of floats, what pack would miss.
+    files.files_metadata[shard.name].tensors = {f"{LAYER}.down_proj": SimpleNamespace(dtype="BF16", shape=(3, 64, 96))}
+    report = examine(survey("someone/model"))
+    assert report.layout == "bf16" and f"{LAYER}.gate_up_proj (gate_up of 3 experts) missing" in report.problems
     assert survey(str(model)).headers.keys() == remote.headers.keys()
 
 
@@ -131,6 +158,11 @@ def openais(folder: Path) -> None:
 def without_shards(folder: Path) -> None:
     names = {f"model.layers.{i}.x": f"model-{i}.safetensors" for i in range(2)}
     (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": names}))
+
+
+def in_a_cache(folder: Path) -> None:
+    (folder / "snapshots" / "abc").mkdir(parents=True)
+    (folder / "snapshots" / "abc" / "config.json").write_text("{}")
 
 
 def of_llama(folder: Path) -> None:
@@ -146,6 +178,8 @@ def of_llama(folder: Path) -> None:
         ("q4", lambda folder: (folder / "x.gguf").write_bytes(b"GGUF"), "q4: GGUF, which llama.cpp reads; expected a"),
         ("config.json", lambda folder: folder.rmdir() or folder.write_text("{}"), "a file, expected a checkpoint's"),
         ("original", openais, "original: its config.json is OpenAI's own, expected transformers'; give the folder in"),
+        ("bin", lambda folder: (folder / "pytorch_model.bin").write_bytes(b""), "bin: weights as pickles (*.bin)"),
+        ("models--a--b", in_a_cache, "a model, expected one snapshot; give "),
         ("llama", of_llama, "config.json: model_type is 'llama', expected 'gpt_oss'; this plugin serves GPT-OSS only"),
         ("stopped", without_shards, "stopped: model-0.safetensors, model-1.safetensors missing, of 2 shards that the"),
         ("ü 漢", of_llama, "ü 漢/config.json: model_type is 'llama', expected"),

@@ -224,8 +224,11 @@ def test_every_way_of_saving(way: str, tuned: Path, tmp_path: Path) -> None:
     packing.pack(tuned, tmp_path / "plain")
     saved = {key: tensor.contiguous() for key, tensor in WAYS[way](load_file(tuned / SHARD)).items()}
     save_file(saved, tuned / SHARD)
+    change_config(tuned, dtype="float32", torch_dtype="float16")  # transformers 5's name, and 4's
     report = packing.pack(tuned, tmp_path / "packed")
     assert report.left_out == []
+    config = json.loads((tmp_path / "packed" / "config.json").read_text())
+    assert (config["dtype"], config["torch_dtype"]) == ("bfloat16", "bfloat16")
     assert_same(tensors_of(tmp_path / "packed"), tensors_of(tmp_path / "plain"))
     # What was written is near what was read, by transformers' reading.
     assert all(0.05 < each.relative_rms < 0.2 for each in report.projections)

@@ -6,7 +6,7 @@ from __future__ import annotations
 import json
 import os
 import stat
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -67,40 +67,81 @@ def read_headers(directory: Path) -> dict[str, TensorInfo]:
     file: no shards; an index that names something else than files of the folder, or a tensor that its shard doesn't
     hold; a shard that is missing, damaged, empty, a git-lfs pointer or no file; a tensor in two shards.
     """
-    index = directory / INDEX
-    if os.path.lexists(index):
-        weight_map = _weight_map(index)
-        files = [directory / name for name in sorted(set(weight_map.values()))]
-    else:
-        weight_map, files = {}, sorted(directory.glob("*.safetensors"))
-    if not files:
-        raise ValueError(
-            f"{directory}: no *.safetensors here, expected the model's weights; fetch the checkpoint again"
-        )
+    weight_map, files = _shards(directory)
     absent = [file.name for file in files if not os.path.lexists(file)]
     if len(absent) > 1:  # a download that was stopped; of one alone `open_shard` says more
         raise ValueError(
             f"{directory}: {listed(absent)} missing, of {len(files)} shards that the index names; "
             "fetch the checkpoint again"
         )
+
+    def refuse(fault: ValueError) -> None:
+        raise fault
+
+    return _collect(directory, weight_map, files, refuse)
+
+
+def survey_headers(directory: Path) -> tuple[dict[str, TensorInfo], list[str]]:
+    """What `read_headers` gives, of every shard that can be read, and what it would refuse, a line each.
+
+    Raises ValueError as `read_headers` does where the index can't be used, or not one shard can be read.
+    """
+    faults: list[str] = []
+    tensors = _collect(directory, *_shards(directory), lambda fault: faults.append(str(fault)))
+    return tensors or read_headers(directory), faults
+
+
+def _shards(directory: Path) -> tuple[dict[str, str], list[Path]]:
+    """The index, if there is one, and the files that it names or, without one, that are there."""
+    index = directory / INDEX
+    weight_map = _weight_map(index) if os.path.lexists(index) else {}
+    files = [directory / name for name in sorted(set(weight_map.values()))]
+    files = files or sorted(directory.glob("*.safetensors"))
+    if not files:
+        raise ValueError(
+            f"{directory}: no *.safetensors here, expected the model's weights; fetch the checkpoint again"
+        )
+    return weight_map, files
+
+
+def _collect(
+    directory: Path, weight_map: Mapping[str, str], files: Sequence[Path], refuse: Callable[[ValueError], None]
+) -> dict[str, TensorInfo]:
+    """The tensors of all files; what is wrong with one goes to `refuse`."""
     tensors: dict[str, TensorInfo] = {}
+    unread = set()
     for file in files:
-        with open_shard(file) as shard:
-            for name in shard.keys():  # noqa: SIM118 (not a dict)
-                if name in tensors:
-                    raise ValueError(
+        try:
+            _add_shard(tensors, file, refuse)
+        except ValueError as fault:
+            unread.add(file)
+            refuse(fault)
+    for name, shard_name in weight_map.items():
+        file = directory / shard_name
+        if file not in unread and (name not in tensors or tensors[name].file != file):
+            refuse(
+                ValueError(
+                    f"{directory / INDEX}: says that {plain(name)} lies in {shard_name}, which doesn't hold it; "
+                    "index and shards don't belong together, fetch both again"
+                )
+            )
+    return tensors
+
+
+def _add_shard(tensors: dict[str, TensorInfo], file: Path, refuse: Callable[[ValueError], None]) -> None:
+    """Raises ValueError where the file can't be read."""
+    with open_shard(file) as shard:
+        for name in shard.keys():  # noqa: SIM118 (not a dict)
+            if name in tensors:
+                refuse(
+                    ValueError(
                         f"{file}: holds {plain(name)}, which {tensors[name].file} holds, too; remove the file that is "
                         "not of this model"
                     )
-                view = shard.get_slice(name)
-                tensors[name] = TensorInfo(view.get_dtype(), tuple(view.get_shape()), file)
-    for name, shard_name in weight_map.items():
-        if name not in tensors or tensors[name].file != directory / shard_name:
-            raise ValueError(
-                f"{index}: says that {plain(name)} lies in {shard_name}, which doesn't hold it; "
-                "index and shards don't belong together, fetch both again"
-            )
-    return tensors
+                )
+                continue
+            view = shard.get_slice(name)
+            tensors[name] = TensorInfo(view.get_dtype(), tuple(view.get_shape()), file)
 
 
 def _weight_map(index: Path) -> dict[str, str]:

@@ -8,35 +8,41 @@ of its tensors, no weight.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from vllm_mxfp4_sm120.checkpoint.config import Sizes, check_config
-from vllm_mxfp4_sm120.checkpoint.headers import read_headers, read_json
+from vllm_mxfp4_sm120.checkpoint.headers import read_json, survey_headers
 from vllm_mxfp4_sm120.checkpoint.names import EMBEDDING, LM_HEAD, canonical_name, plain, refuse_foreign
 from vllm_mxfp4_sm120.checkpoint.tensors import TensorInfo, differs, is_as_required, required_tensors, split_fused
 
 
 @dataclass(frozen=True)
 class Survey:
-    """What a checkpoint holds. `headers` is None where there are none (offline, and nothing is cached)."""
+    """What a checkpoint holds. `headers` is None where there are none (offline, and nothing is cached).
+
+    `faults` are lines about files that can't be read, or that don't belong to the index.
+    """
 
     source: str
     config: dict[str, Any]
     headers: Mapping[str, TensorInfo] | None
+    faults: list[str] = field(default_factory=list)
 
     @property
     def layout(self) -> str:
-        """mxfp4, bf16, or unknown."""
-        names = [] if self.headers is None else [canonical_name(name) or name for name in self.headers]
+        """What its experts are: mxfp4, bf16, none where there are none, or unknown without headers."""
+        if self.headers is None:
+            return "unknown"
+        names = [canonical_name(name) or name for name in self.headers]
         if any(name.endswith("_proj_blocks") for name in names):
             return "mxfp4"
-        return "bf16" if any(".experts." in name for name in names) else "unknown"
+        return "bf16" if any(".experts." in name for name in names) else "none"
 
     def problems(self) -> list[str]:
-        """One line each: config.json's, and of every tensor that is missing, foreign, doubled or doesn't fit."""
-        found = list(_refused(lambda: check_config(self.config, f"{self.source}/config.json")))
+        """One line each: faults, config.json's, and of every tensor that is missing, foreign, doubled or unfit."""
+        found = self.faults + list(_refused(lambda: check_config(self.config, f"{self.source}/config.json")))
         try:
             required = required_tensors(self.config, f"{self.source}/config.json")
         except ValueError:
@@ -96,6 +102,10 @@ def something_else(path: Path) -> str | None:
         return "a LoRA without its model; mxfp4-sm120 pack MODEL DST --adapter LORA merges and packs both"
     if path.is_dir() and not any(path.iterdir()):
         return "an empty folder, expected a checkpoint"
+    if (snapshots := sorted((path / "snapshots").glob("*/config.json"))) and not (path / "config.json").exists():
+        return f"what Hugging Face's cache keeps of a model, expected one snapshot; give {snapshots[-1].parent}"
+    if path.is_dir() and any(path.glob("*.bin")) and not any(path.glob("*.safetensors")):
+        return "weights as pickles (*.bin), which may run code, expected *.safetensors; save it with safe_serialization"
     if (path / "config.json").is_file():
         config = read_json(path / "config.json")
         if "experts_per_token" in config and "model_type" not in config:
@@ -106,7 +116,7 @@ def something_else(path: Path) -> str | None:
 def _folder(folder: Path, source: str) -> Survey:
     config = read_json(folder / "config.json")
     Sizes.from_config(config, f"{folder}/config.json")  # of another model, whatever its weights lie in
-    return Survey(source, config, read_headers(folder))
+    return Survey(source, config, *survey_headers(folder))
 
 
 def _cached(repository: str) -> Path | None:

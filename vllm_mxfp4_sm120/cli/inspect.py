@@ -68,27 +68,27 @@ def examine(seen: Survey) -> Report:
 
 
 def unpacked_problems(seen: Survey) -> list[str]:
-    """What keeps `pack` from taking the floats of a folder; of a repository's only their names are known."""
+    """What keeps `pack` from taking a checkpoint of floats, one line each."""
     from vllm_mxfp4_sm120.packing.source import Source, Unfit
 
-    if not Path(seen.source).is_dir():
-        return []
     try:
-        Source(seen.source)
+        Source(seen.source, config=seen.config, headers=seen.headers)
     except Unfit as error:
-        return error.problems
+        return seen.faults + error.problems
     except ValueError as error:
-        return [str(error)]
-    return []
+        return [*seen.faults, str(error)]
+    return seen.faults
 
 
 def lines(report: Report) -> Iterator[str]:
     """The report for people."""
     sizes = report.sizes
-    yield f"{report.source}: {sizes.num_layers} layers, {sizes.num_experts} experts, {sizes.top_k} a token"
+    layers = f"{sizes.num_layers} layer{'s' if sizes.num_layers > 1 else ''}"
+    yield f"{report.source}: {layers}, {sizes.num_experts} experts, {sizes.top_k} a token"
     what = {
         "mxfp4": f"experts in MXFP4, {report.block_size} values a scale",
         "bf16": "experts aren't packed: `mxfp4-sm120 pack` packs them",
+        "none": "no experts among its tensors",
         "unknown": "no headers here: what follows is config.json's",
     }[report.layout]
     yield f"hidden size {sizes.hidden_size}, intermediate size {sizes.intermediate_size}, {what}"
@@ -105,8 +105,10 @@ def lines(report: Report) -> Iterator[str]:
     yield from table(report.fits)
     yield ""
     yield from report.problems
-    if report.layout != "unknown":
-        yield f"{len(report.problems)} problems" if report.problems else "every tensor is as it should be"
+    if report.problems:
+        yield f"{len(report.problems)} problem{'s' if len(report.problems) > 1 else ''}"
+    elif report.layout != "unknown":
+        yield "every tensor is as it should be"
 
 
 def table(fits: list[Fit]) -> Iterator[str]:

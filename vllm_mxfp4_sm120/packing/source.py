@@ -34,6 +34,7 @@ from vllm_mxfp4_sm120.packing.names import Piece, part_shape, piece_of, without_
 PROJECTIONS = ("gate_up_proj", "down_proj")
 # `unpack` leaves the scales here that rounding wouldn't find again: beside the model, and not in its index.
 KNOWN_SCALES = "mxfp4_scales-*.safetensors"
+DTYPE_KEYS = ("dtype", "torch_dtype")  # of config.json: transformers' name, and its older one
 
 
 class Unfit(ValueError):
@@ -49,14 +50,21 @@ class Source:
 
     `config` is the packed checkpoint's. Experts may be floats in any way that `names` knows, or packed already: those
     stay as they are. Raises ValueError from the constructor, naming all tensors that are missing or don't fit.
+    With config.json's contents and the headers of its shards given, the directory is but a name for messages.
     """
 
-    def __init__(self, directory: str | Path, adapter: str | Path | None = None) -> None:
+    def __init__(
+        self,
+        directory: str | Path,
+        adapter: str | Path | None = None,
+        config: Mapping[str, Any] | None = None,
+        headers: Mapping[str, TensorInfo] | None = None,
+    ) -> None:
         self.directory = Path(directory)
         if what := something_else(self.directory):
             raise ValueError(f"{self.directory}: {what}")
         source = str(self.directory / "config.json")
-        config = read_json(self.directory / "config.json")
+        config = read_json(self.directory / "config.json") if config is None else config
         method = (config.get("quantization_config") or {}).get("quant_method", "mxfp4")
         if method not in QUANT_METHODS:
             raise ValueError(
@@ -70,7 +78,7 @@ class Source:
         self.pieces: dict[Piece, TensorInfo] = {}
         self.tensors: dict[str, TensorInfo] = {}
         self.left_out: list[str] = []
-        self._sort(read_headers(self.directory))
+        self._sort(read_headers(self.directory) if headers is None else headers)
         self.adapter = None if adapter is None else Adapter(adapter, self.sizes, self.required)
         self.transposed = self._orientation()
         if wrong := list(self._wrong()):
@@ -303,8 +311,12 @@ class Source:
 
 
 def packed_config(config: Mapping[str, Any]) -> dict[str, Any]:
-    """config.json with the quantization_config that OpenAI's checkpoints have."""
-    return {**config, "quantization_config": published_config("openai/gpt-oss-20b")["quantization_config"]}
+    """config.json with the quantization_config that OpenAI's checkpoints have, and the dtype of what is written.
+
+    vLLM serves MXFP4 experts in BF16 alone: a file that said float16 would be refused.
+    """
+    dtypes = {key: "bfloat16" for key in DTYPE_KEYS if key in config}
+    return {**config, **dtypes, "quantization_config": published_config("openai/gpt-oss-20b")["quantization_config"]}
 
 
 def _names(file: Path) -> list[str]:
