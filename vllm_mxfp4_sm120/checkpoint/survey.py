@@ -105,7 +105,7 @@ def something_else(path: Path) -> str | None:
     if (snapshots := sorted((path / "snapshots").glob("*/config.json"))) and not (path / "config.json").exists():
         return f"what Hugging Face's cache keeps of a model, expected one snapshot; give {snapshots[-1].parent}"
     if path.is_dir() and any(path.glob("*.bin")) and not any(path.glob("*.safetensors")):
-        return "weights as pickles (*.bin), which may run code, expected *.safetensors; save it with safe_serialization"
+        return "weights as pickles (*.bin), expected *.safetensors; load it with transformers and save it again"
     if (path / "config.json").is_file():
         config = read_json(path / "config.json")
         if "experts_per_token" in config and "model_type" not in config:
