@@ -23,6 +23,9 @@ CONTEXTS = (8192, 32768, 131072)
 UTILIZATION = 0.92  # vLLM's --gpu-memory-utilization
 DRIVER = 0.98  # of a card's nominal memory that CUDA has: 31.4 GiB of a 32 GB card
 SYSTEM = 8 * GIB  # what Linux and its programs keep of memory that they share with the GPU
+# The native backend's workspace (kernels/csrc/workspace.h, fp4/workspace.h): what its kernels keep, the most tokens of
+# a launch, and the bytes of 64 activations as four FP4 terms.
+KEPT, LAUNCH_TOKENS, RECORD = 6 << 20, 8192, 144
 # A process's CUDA context with its libraries, and the CUDA graphs of vLLM's default sizes.
 CONTEXT, GRAPHS = GIB // 2, GIB // 5
 
@@ -54,10 +57,11 @@ OURS = LAYOUTS[0]
 
 @dataclass(frozen=True)
 class Card:
-    """`memory` is the nominal one in GB, as cards are sold; `shared` is the system's, too."""
+    """`memory` is the nominal one in GB, as cards are sold; `fp4`: SM 12.x; `shared` is the system's memory, too."""
 
     memory: int
     name: str
+    fp4: bool = False
     shared: bool = False
 
     @property
@@ -74,13 +78,13 @@ class Card:
 
 
 CARDS = (
-    Card(16, "RTX 5080"),
+    Card(16, "RTX 5080", fp4=True),
     Card(24, "RTX 4090"),
-    Card(32, "RTX 5090"),
+    Card(32, "RTX 5090", fp4=True),
     Card(48, "L40S"),
     Card(80, "H100"),
-    Card(96, "RTX PRO 6000"),
-    Card(128, "GB10", shared=True),
+    Card(96, "RTX PRO 6000", fp4=True),
+    Card(128, "GB10", fp4=True, shared=True),
 )
 
 
@@ -118,11 +122,14 @@ class Memory:
 
     def experts(self, layout: Layout = OURS, tensor_parallel: int = 1) -> int:
         """All layers' experts on one rank, biases and padding included."""
-        shard = round_up(self.sizes.intermediate_size, BLOCK * tensor_parallel) // tensor_parallel  # whole blocks
-        hidden, intermediate = layout.sizes(self.sizes.hidden_size, shard)
+        hidden, intermediate = layout.sizes(self.sizes.hidden_size, self.shard(tensor_parallel))
         values = 3 * hidden * intermediate
         weights = values * 17 // 32 if layout.packed else values * BF16
         return self.sizes.num_layers * self.sizes.num_experts * (weights + BF16 * (2 * intermediate + hidden))
+
+    def shard(self, tensor_parallel: int) -> int:
+        """A rank's intermediate size: whole blocks."""
+        return round_up(self.sizes.intermediate_size, BLOCK * tensor_parallel) // tensor_parallel
 
     def vocabulary(self, tensor_parallel: int = 1) -> dict[str, int]:
         """Embedding and output layer on one rank: of vLLM's GPT-OSS two tables, also where they are tied."""
@@ -153,13 +160,23 @@ class Memory:
         rest = self.attention_and_router(tensor_parallel) + sum(self.vocabulary(tensor_parallel).values())
         return self.experts(layout, tensor_parallel) + rest
 
-    def working(self, batched_tokens: int, requests: int = 256, tensor_parallel: int = 1) -> int:
-        """Context, graphs and activations: of a layer for the longest batch, or of sampling, if that takes more."""
-        hidden, shard = self.sizes.hidden_size, self.sizes.intermediate_size // tensor_parallel
-        # Residual and hidden state; the experts' activations, and their sum in FP32.
-        layer = batched_tokens * (2 * BF16 * hidden + self.sizes.top_k * shard * BF16 + 4 * hidden)
+    def workspace(self, batched_tokens: int, tensor_parallel: int = 1, fp4: bool = False) -> int:
+        """What the native backend keeps for calls of up to so many tokens; `fp4`: on a card with FP4 kernels."""
+        hidden, shard, top_k = self.sizes.hidden_size, self.shard(tensor_parallel), self.sizes.top_k
+        tokens = min(1 << (batched_tokens - 1).bit_length(), LAUNCH_TOKENS)
+        slots = tokens * top_k
+        arrays = [4 * slots] * 4 + [4 * (self.sizes.num_experts + 1), slots * hidden * BF16]  # routing, results
+        if fp4:
+            arrays += [tokens * -(-hidden // 64) * RECORD, slots * -(-shard // 64) * RECORD]
+        else:
+            arrays += [slots * shard * BF16]
+        return KEPT + sum(round_up(array, 256) for array in arrays)
+
+    def working(self, batched_tokens: int, requests: int = 256, tensor_parallel: int = 1, fp4: bool = False) -> int:
+        """Context, graphs, the experts' workspace; residual and hidden state of the longest batch, or sampling."""
+        states = batched_tokens * 2 * BF16 * self.sizes.hidden_size
         sampling = requests * self.attention.vocab_size * (4 + 4)  # logits and probabilities in FP32
-        return CONTEXT + GRAPHS + max(layer, sampling)
+        return CONTEXT + GRAPHS + self.workspace(batched_tokens, tensor_parallel, fp4) + max(states, sampling)
 
     def cache_of_request(
         self, tokens: int, batched_tokens: int, value_bytes: int = BF16, tensor_parallel: int = 1
@@ -199,7 +216,7 @@ class Memory:
         weights = self.weights(layout, ranks)
         if dense == "int8":
             weights -= self.dense(ranks) - self.dense_int8(ranks)
-        working = self.working(card.batched_tokens, tensor_parallel=ranks)
+        working = self.working(card.batched_tokens, tensor_parallel=ranks, fp4=card.fp4)
         one = self.cache_of_request(context, card.batched_tokens, value_bytes, ranks)
         left = card.usable - weights - working
         return Fit(card.name, card.memory, ranks, cache, context, weights, working, one, max(0, left // one), dense)

@@ -7,6 +7,8 @@
 #include <array>
 #include <mutex>
 
+#include "fp4/fp4.h"
+
 // A CPU build of torch lacks this one: weak, so that the library loads there too and can say what it needs.
 extern "C" __attribute__((weak)) AOTITorchError aoti_torch_get_current_cuda_stream(int32_t, void**);
 
@@ -42,6 +44,7 @@ const Device& device_of(int32_t index) {
                   ask(known.device.shared_bytes, cudaDevAttrMaxSharedMemoryPerMultiprocessor) &&
                   ask(major, cudaDevAttrComputeCapabilityMajor);
     known.device.dependent_launch = major >= 9;
+    known.device.fp4 = fp4_runs_here();
   });
   if (!known.found) throw std::runtime_error("mxfp4_sm120: cuda:" + std::to_string(index) + " can't be queried");
   return known.device;

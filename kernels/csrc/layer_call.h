@@ -4,6 +4,7 @@
 #include <algorithm>
 
 #include "calls.h"
+#include "fp4/fp4.h"
 #include "runtime.h"
 #include "workspaces.h"
 
@@ -97,23 +98,30 @@ inline MoeArgs checked_layer(const LayerTensors& t, const Place& place, int64_t 
   return args;
 }
 
-// Computes the layer with a configuration, in parts where there are many tokens. bytes_of: of a workspace, as
-// workspace_bytes. It is asked for a power of two of tokens: then workspaces together are at most twice the largest
-// (but for 6 MB in each), however the token count grows.
-template <typename Config, typename Bytes>
-Tensor compute_layer(MoeArgs& args, const Place& place, const Config& chosen, Bytes bytes_of) {
+// Of a call's workspace, whichever kernels take it: vLLM measures with one call, of the most tokens, how much memory it
+// may give away, and calls of fewer may be for others. Asked for a power of two of tokens: then workspaces together are
+// at most twice the largest (but for 6 MB in each), however the token count grows.
+inline int64_t bytes_for(const MoeArgs& args, const Device& device) {
+  int tokens = 1;
+  while (tokens < std::min(args.M, MAX_TOKENS))
+    tokens *= 2;
+  const int64_t bytes = workspace_bytes(tokens, args.H, args.I, args.local_experts, args.top_k);
+  if (!device.fp4) return bytes;
+  return std::max(bytes, fp4_workspace_bytes(tokens, args.H, args.I, args.local_experts, args.top_k));
+}
+
+// Computes the layer with a configuration, in parts where there are many tokens.
+template <typename Config>
+Tensor compute_layer(MoeArgs& args, const Place& place, const Config& chosen) {
   Tensor out = new_output(place, args.M, args.H);
   if (args.M == 0) return out;
   args.out = out.data_ptr();
   const On on(place);
   void* const stream = current_stream(place.index);
-  int tokens = 1;
-  while (tokens < std::min(args.M, MAX_TOKENS))
-    tokens *= 2;
-  const int64_t bytes = bytes_of(tokens, args.H, args.I, args.local_experts, args.top_k);
-  args.workspace = workspace(place.type, place.index, stream, bytes);
+  const Device& device = device_of(place.index);
+  args.workspace = workspace(place.type, place.index, stream, bytes_for(args, device));
   for (int begin = 0; begin < args.M; begin += MAX_TOKENS)
-    expect_launched(chosen.launch(part_of(args, begin), device_of(place.index), stream));
+    expect_launched(chosen.launch(part_of(args, begin), device, stream));
   return out;
 }
 

@@ -50,6 +50,7 @@ struct Device {
   int multiprocessors;
   int shared_bytes;       // of a multiprocessor
   bool dependent_launch;  // sm_90 and newer: a kernel may start while the one before it drains
+  bool fp4 = false;       // the library's FP4 kernels (fp4/fp4.h) are compiled for it
 };
 
 // What a configuration asks of the card, at most, for one block.

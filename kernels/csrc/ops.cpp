@@ -22,7 +22,7 @@ Tensor moe_layer(const Tensor& x, const Tensor& w13, const Tensor& w2, const Opt
   MoeArgs args = checked_layer({x, w13, w2, w13_bias, w2_bias, router_logits, topk_ids, topk_weights, expert_map},
                                place, num_experts, top_k, swiglu_oai);
   const Configuration& chosen = config == -1 ? choose(place.index, args) : configuration(config, args);
-  return compute_layer(args, place, chosen, workspace_bytes);
+  return compute_layer(args, place, chosen);
 }
 
 Tensor router_logits(const Tensor& x, const Tensor& weight, const OptionalTensor& bias) {

@@ -13,7 +13,7 @@ namespace mxfp4_sm120 {
 std::string architectures();
 // Throws unless kernels can run on the device of x.
 void expect_usable(const torch::stable::Tensor& x);
-// What launches on a device depend on; asked once. Throws where it can't be had.
+// What launches on a device, the current one, depend on; asked once. Throws where it can't be had.
 const Device& device_of(int32_t index);
 // torch's current stream of a device, a cudaStream_t, and whether it is being captured in a CUDA graph.
 void* current_stream(int32_t index);

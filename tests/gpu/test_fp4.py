@@ -141,6 +141,18 @@ def test_in_a_cuda_graph(config: int):
         assert torch.equal(out, expected)
 
 
+def test_one_workspace_for_all_kernels_of_a_call():
+    """vLLM measures memory by one call, whose kernel may be a BF16 one. On a stream of its own: a new workspace."""
+    prepared, x, ids, gates = problem(SMALL, 300)
+    with torch.cuda.stream(torch.cuda.Stream()):
+        Native(SMALL).forward(prepared, x, ids, gates)
+        taken = torch.cuda.memory_allocated()
+        for config in CONFIGS:
+            forced(SMALL, config).forward(prepared, x[:280], ids[:280], gates[:280])
+        torch.cuda.synchronize()
+        assert torch.cuda.memory_allocated() == taken
+
+
 def test_compiled_and_checked_by_torch():
     shape = MoEShape(4, 4, 96, 96, 2)
     layer = forced(shape, 4)

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import ctypes
+import math
 import random
 import shutil
 from collections.abc import Callable
@@ -17,6 +18,8 @@ from tests.kernels.emulated_fp4 import SELECTORS, EmulatedFp4, fp4_configs, prod
 from tests.kernels.test_emulated import inputs
 from tests.support.layers import BAD, OVERFLOWS, adversarial, random_weights
 from vllm_mxfp4_sm120 import terms as fp4_terms
+from vllm_mxfp4_sm120.checkpoint import published_config
+from vllm_mxfp4_sm120.fit import Memory
 from vllm_mxfp4_sm120.moe import Activation, MoEShape, MoEWeights, activate, reference, topk_softmax
 from vllm_mxfp4_sm120.mxfp4 import E2M1_VALUES, dequantize
 
@@ -37,6 +40,21 @@ def library(libraries: Callable[[int], ctypes.CDLL]) -> ctypes.CDLL:
 
 def test_the_table(library: ctypes.CDLL):
     assert fp4_configs(library) == {name: int(name[5]) for name in CONFIGS.values()}
+
+
+@pytest.mark.parametrize(("experts", "intermediate", "ranks"), [(32, 2880, 1), (128, 2880, 2), (16, 736, 1)])
+@pytest.mark.parametrize("tokens", [1, 300, 2048, 8192, 16384])
+def test_the_workspace_is_what_inspect_counts(
+    library: ctypes.CDLL, tokens: int, experts: int, intermediate: int, ranks: int
+):
+    """For calls of up to so many tokens: of the next power of two of them, at most of a launch's."""
+    config = published_config("openai/gpt-oss-20b")
+    memory = Memory(config | {"num_local_experts": experts, "intermediate_size": intermediate})
+    shape = MoEShape(experts, experts, 2880, memory.shard(ranks), 4)
+    launch = min(2 ** math.ceil(math.log2(tokens)), 8192)
+    bf16, fp4 = (kind(library, shape, random_weights(MoEShape(1, 1, 32, 32, 1))) for kind in (Emulated, EmulatedFp4))
+    assert memory.workspace(tokens, ranks) == bf16.workspace_bytes(launch)
+    assert memory.workspace(tokens, ranks, fp4=True) == fp4.workspace_bytes(launch) > bf16.workspace_bytes(launch)
 
 
 def words(codes: Tensor) -> Tensor:

@@ -53,7 +53,7 @@ def test_it_fits(file: Path) -> None:
     assert settings.get("tensor-parallel-size", 1) == ranks
     card = CARD.get(name, CARDS[0])
     batched = settings.get("max-num-batched-tokens", card.batched_tokens)
-    working = memory.working(batched, settings.get("max-num-seqs", 256), ranks)
+    working = memory.working(batched, settings.get("max-num-seqs", 256), ranks, card.fp4)
     one = memory.cache_of_request(settings["max-model-len"], batched, tensor_parallel=ranks)
     weights = memory.weights(tensor_parallel=ranks)
     if "int8" in settings.get("additional-config", ""):

@@ -110,11 +110,7 @@ template <int INDEX>
 const char* launch(const MoeArgs& args, const Device& device, void* stream) {
   using S = Shape<INDEX>;
   static_assert(BYTES<S> * S::BLOCKS + (S::BLOCKS - 1) * 1024 <= MAX_SHARED_BYTES);
-  cudaFuncAttributes found;
-  if (cudaFuncGetAttributes(&found, fp4_gemms<S>) != cudaSuccess) {
-    cudaGetLastError();  // so that nobody else meets it
-    return "the FP4 kernels are compiled for " MXFP4_SM120_FP4_ARCHITECTURES ", and not for this GPU";
-  }
+  if (!device.fp4) return "the FP4 kernels are compiled for " MXFP4_SM120_FP4_ARCHITECTURES ", and not for this GPU";
   const Fp4Workspace ws = carve_fp4(args.workspace, args.M, args.H, args.I, args.local_experts, args.top_k, S::TERMS);
   const cudaStream_t on = static_cast<cudaStream_t>(stream);
   const int64_t threads = static_cast<int64_t>(args.M) * steps_of(args.H) * 8;
@@ -146,6 +142,12 @@ std::vector<Fp4Configuration> all(std::integer_sequence<int, INDEX...>) {
 const std::vector<Fp4Configuration>& fp4_configurations() {
   static const std::vector<Fp4Configuration> table = fp4::all(std::make_integer_sequence<int, fp4::CONFIG_COUNT>());
   return table;
+}
+bool fp4_runs_here() {
+  cudaFuncAttributes found;
+  const bool runs = cudaFuncGetAttributes(&found, fp4::fp4_gemms<fp4::Shape<0>>) == cudaSuccess;
+  if (!runs) cudaGetLastError();  // so that nobody else meets it
+  return runs;
 }
 std::string fp4_architectures() { return MXFP4_SM120_FP4_ARCHITECTURES; }
 int64_t fp4_workspace_bytes(int M, int H, int I, int local_experts, int top_k) {

@@ -9,6 +9,7 @@ const std::vector<Fp4Configuration>& fp4_configurations() {
   static const std::vector<Fp4Configuration> none;
   return none;
 }
+bool fp4_runs_here() { return false; }
 std::string fp4_architectures() { return ""; }
 int64_t fp4_workspace_bytes(int, int, int, int, int) { return 0; }
 

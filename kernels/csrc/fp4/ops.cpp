@@ -25,7 +25,7 @@ Tensor fp4_moe_layer(const Tensor& x, const Tensor& w13, const Tensor& w2, const
   const Place place(x);
   MoeArgs args = checked_layer({x, w13, w2, w13_bias, w2_bias, router_logits, topk_ids, topk_weights, expert_map},
                                place, num_experts, top_k, swiglu_oai);
-  return compute_layer(args, place, table[config], fp4_workspace_bytes);
+  return compute_layer(args, place, table[config]);
 }
 
 std::tuple<Names, Integers, Integers, Integers, Integers> fp4_configurations_op() {

@@ -74,6 +74,6 @@ int64_t fp4_records(int M, int H, int I, int local_experts, int top_k,
 }
 const char *fp4_layer(const MoeArgs *args, int config) {
   return fp4_configurations()[config].launch(
-      *args, {emu::multiprocessors, 100 * 1024, false}, nullptr);
+      *args, {emu::multiprocessors, 100 * 1024, false, true}, nullptr);
 }
 }
