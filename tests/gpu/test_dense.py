@@ -60,7 +60,7 @@ def test_error_of_a_layer(kernel: int, config: native.DenseConfiguration, name: 
 @pytest.mark.parametrize("rows", [1, 7, 39, 130, 257, 1000, 3000])
 @pytest.mark.parametrize("blocks", [1, 2, 5, 23, 64])
 def test_odd_sizes(kernel: int, config: native.DenseConfiguration, rows: int, blocks: int) -> None:
-    columns = blocks * native.K_MULTIPLE
+    columns = blocks * native.limits().k_multiple
     _, given = layer(rows, columns, config.int8)
     exact = given[0].double() if given[2] is None else Int8Weights(given[0], given[2]).decode(dtype=torch.float64)
     for count in (1, 9, 40, 130):

@@ -161,6 +161,7 @@ def refusal(*arguments):
         native.linear(*arguments)
     except RuntimeError as error:
         return str(error)
+print(native.limits())
 print(refusal(x.repeat(100, 1), weight))
 print(refusal(x[:, :48].contiguous(), weight))
 print(refusal(x, weight.float()))
@@ -185,6 +186,7 @@ print(bool((compiled(x) == 1).all()), tuple(compiled(x).shape))
     )
     assert result.returncode == 0, result.stderr
     assert result.stdout.splitlines() == [
+        "Limits(tokens=256, k_multiple=64)",
         "mxfp4_sm120: x has 300 tokens, expected at most 256",
         "mxfp4_sm120: x has 48 columns, expected a multiple of 64 up to 65536",
         "mxfp4_sm120: weight is float32, expected bfloat16 or int8",

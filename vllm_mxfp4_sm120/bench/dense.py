@@ -61,7 +61,7 @@ def native_int8(weight: Tensor) -> Linear:
 def native_kernels(int8: bool, k: int) -> list[int]:
     """The library's kernels that take such weights."""
     table = enumerate(native.configurations())
-    return [number for number, config in table if config.int8 == int8 and k % native.K_MULTIPLE == 0]
+    return [number for number, config in table if config.int8 == int8 and k % native.limits().k_multiple == 0]
 
 
 def vllm_marlin(kind: str) -> Callable[[Tensor], Linear]:

@@ -163,7 +163,7 @@ def linears(machine: Machine, prove: bool) -> dict[str, str]:
     kind = settings.DENSE.get()
     if kind == "off":
         return {"linear layers": "vLLM's own (dense is off)"}
-    if settings.DENSE.given() is None and (reason := plan.why_not(machine)) is not None:
+    if kind == "bf16" and (reason := plan.why_not(machine)) is not None:
         return {"linear layers": f"vLLM's own ({reason})"}
     layers = plan.shapes(published_config(MODELS[0]), 1, kind == "int8")
     made = plan.make(layers, machine, prove)

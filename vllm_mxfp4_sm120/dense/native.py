@@ -10,7 +10,6 @@ import torch
 from torch import Tensor
 
 FIRST_FIT = -1  # of the kernels, the first that takes all tokens at once
-K_MULTIPLE = 64  # what K has to be one of (DENSE_STEP in kernels/csrc/dense/dense.h)
 
 
 @dataclass(frozen=True)
@@ -31,11 +30,18 @@ def configurations() -> tuple[DenseConfiguration, ...]:
     return tuple(DenseConfiguration(name, bool(int8), *rest) for name, int8, *rest in entries)
 
 
+@dataclass(frozen=True)
+class Limits:
+    """Of one call: how many tokens at most, and what K is a multiple of."""
+
+    tokens: int
+    k_multiple: int
+
+
 @lru_cache
-def max_tokens() -> int:
-    """Of one call. The library must be loaded."""
-    tokens: int = torch.ops.mxfp4_sm120.dense_max_tokens()
-    return tokens
+def limits() -> Limits:
+    """Of all kernels. The library must be loaded."""
+    return Limits(*torch.ops.mxfp4_sm120.dense_limits())
 
 
 def linear(
@@ -43,7 +49,7 @@ def linear(
 ) -> Tensor:
     """x bf16 [M, K], weight bf16 [N, K] or int8 with scale bf16 [N, K/32] (`Int8Weights`), bias bf16 [N] -> [M, N].
 
-    K is a multiple of 64 and M at most `max_tokens()`. `kernel` is a place in `configurations()`. Sums are FP32 in a
+    K and M are within `limits()`. `kernel` is a place in `configurations()`. Sums are FP32 in a
     fixed order, rounded once. Raises RuntimeError, in one line, for anything else.
     """
     out: Tensor = torch.ops.mxfp4_sm120.dense_linear(x, weight, scale, bias, kernel)

@@ -50,15 +50,18 @@ class Plan:
         """Hand it to the operator of this process."""
         numbers = {config.name: number for number, config in enumerate(native.configurations())} if self.timings else {}
         for shape, timings in self.timings.items():
-            names = (self.name_at(shape, tokens) for tokens in range(1 + max(timing.tokens for timing in timings)))
+            names = (
+                self.name_at(shape, tokens)
+                for tokens in range(1 + max((timing.tokens for timing in timings), default=0))
+            )
             serve(shape, [TORCHS_OWN if name is None else numbers.get(name, TORCHS_OWN) for name in names])
 
     def text(self, shape: LinearShape) -> str:
         """One line on a shape: which kernel at which numbers of tokens, and by how much it is faster there."""
-        if shape.columns % native.K_MULTIPLE:
-            return f"torch's linear: its {shape.columns} columns are no multiple of {native.K_MULTIPLE}"
         if self.reason is not None:
             return f"torch's linear: {self.reason}"
+        if not self.timings.get(shape):
+            return f"torch's linear: no kernel takes {shape.columns} columns"
         parts = [
             f"{name} at {first} to {last.tokens} tokens ({last.ours:.1f} us there, torch {last.torchs:.1f})"
             for first, last, name in self._runs(shape)
@@ -106,15 +109,15 @@ def why_not(machine: Machine) -> str | None:
 
 def make(layers: Mapping[str, LinearShape], machine: Machine, prove: bool = True) -> Plan:
     """Ask the card, or the record of an earlier answer. `prove` False: nothing is tried, so nothing is known."""
-    taken = sorted({shape for shape in layers.values() if shape.columns % native.K_MULTIPLE == 0})
+    wanted = sorted(set(layers.values()))
     if (reason := why_not(machine)) is not None:
         return Plan(reason)
     if not prove:
         return Plan(f"without a proof nothing is timed ({settings.PROOF.name})")
-    answer = proof.ask("dense", TRIAL, machine, {"shapes": [list(astuple(shape)) for shape in taken]})
+    answer = proof.ask("dense", TRIAL, machine, {"shapes": [list(astuple(shape)) for shape in wanted]})
     if answer.reason is not None:
         return Plan(answer.reason)
     try:
-        return Plan(None, {shape: [Timing(*row) for row in answer.found[str(shape)]] for shape in taken})
+        return Plan(None, {shape: [Timing(*row) for row in answer.found[str(shape)]] for shape in wanted})
     except (KeyError, TypeError):
         return Plan("its record can't be read; `mxfp4-sm120 doctor --forget` tries again")

@@ -85,13 +85,19 @@ class Problem:
 
 
 def solve(shapes: list[list[Any]], device: str) -> Proof:
-    """`shapes` are fields of `LinearShape`. The proof's `found`: by a shape's text, fields of a `Timing` a size."""
+    """`shapes` are fields of `LinearShape`. The proof's `found`: by a shape's text, fields of a `Timing` a size.
+
+    Of a shape that no kernel takes there are none.
+    """
     try:
         library.load()
         if torch.device(device).type == "cuda":
             torch.cuda.set_device(device)
-        found = {}
+        found: dict[str, list[list[Any]]] = {}
         for shape in (LinearShape(*fields) for fields in shapes):
+            if shape.columns % native.limits().k_multiple:
+                found[str(shape)] = []
+                continue
             problem = Problem.random(shape, device)
             if (reason := what_is_wrong(problem)) is not None:
                 return Proof(f"{shape}: {reason}")

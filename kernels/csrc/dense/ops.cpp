@@ -100,7 +100,7 @@ std::tuple<Names, Integers, Integers, Integers, Integers> dense_configurations_o
   return columns;
 }
 
-int64_t dense_max_tokens() { return DENSE_MAX_TOKENS; }
+std::tuple<int64_t, int64_t> dense_limits() { return {DENSE_MAX_TOKENS, DENSE_STEP}; }
 
 }  // namespace
 
@@ -113,7 +113,8 @@ STABLE_TORCH_LIBRARY_FRAGMENT(mxfp4_sm120, m) {
   m.def("dense_dequantize(Tensor weight, Tensor scale) -> Tensor");
   // The table's columns, as of `configurations`; `tokens` share one reading of the weights.
   m.def("dense_configurations() -> (str[] names, int[] int8, int[] tokens, int[] threads, int[] shared_bytes)");
-  m.def("dense_max_tokens() -> int");
+  // Of one call: how many tokens at most, and what K is a multiple of.
+  m.def("dense_limits() -> (int tokens, int k_multiple)");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(mxfp4_sm120, CUDA, m) {
@@ -126,7 +127,7 @@ STABLE_TORCH_LIBRARY_IMPL(mxfp4_sm120, CPU, m) {
 }
 STABLE_TORCH_LIBRARY_IMPL(mxfp4_sm120, CompositeExplicitAutograd, m) {
   m.impl("dense_configurations", TORCH_BOX(&dense_configurations_op));
-  m.impl("dense_max_tokens", TORCH_BOX(&dense_max_tokens));
+  m.impl("dense_limits", TORCH_BOX(&dense_limits));
 }
 
 }  // namespace mxfp4_sm120
