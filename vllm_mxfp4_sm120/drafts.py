@@ -35,6 +35,17 @@ def draft_of(path: Path) -> Iterator[Path]:
             raise
 
 
+def expect_writable(folder: Path) -> None:
+    """Raises OSError where no file can be made: asked before the work whose result is to lie there."""
+    tempfile.TemporaryFile(dir=folder).close()
+
+
+def expect_new(directory: Path) -> None:
+    """Raises ValueError, naming it, unless the directory is to be made, or is empty."""
+    if directory.exists() and not (directory.is_dir() and not any(directory.iterdir())):
+        raise ValueError(f"{directory}: already exists, expected a new name or an empty directory; remove it first")
+
+
 @contextmanager
 def naming(path: Path) -> Iterator[None]:
     """An OSError within names this file: a full disk's names none, a draft's one that nobody knows."""

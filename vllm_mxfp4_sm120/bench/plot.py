@@ -7,13 +7,12 @@ The picture holds the numbers that it was drawn from, and the same numbers give 
 from __future__ import annotations
 
 import json
-import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from vllm_mxfp4_sm120.bench.table import LIMIT, Table
-from vllm_mxfp4_sm120.drafts import draft_of
+from vllm_mxfp4_sm120.drafts import draft_of, expect_writable
 
 FORMATS = (".png", ".svg")
 OURS = "#0b6e4f"
@@ -46,7 +45,7 @@ def why_not(path: Path) -> str | None:
     if not path.absolute().parent.is_dir():
         return f"--plot {path}: its folder doesn't exist"
     try:
-        tempfile.TemporaryFile(dir=path.absolute().parent).close()
+        expect_writable(path.absolute().parent)
     except OSError as error:
         return f"--plot {path}: no file can be made there ({error.strerror or error})"
     try:

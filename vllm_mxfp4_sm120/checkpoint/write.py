@@ -21,7 +21,7 @@ from torch import Tensor
 from vllm_mxfp4_sm120 import mxfp4
 from vllm_mxfp4_sm120.checkpoint.headers import INDEX
 from vllm_mxfp4_sm120.checkpoint.read import experts_by_name
-from vllm_mxfp4_sm120.drafts import naming
+from vllm_mxfp4_sm120.drafts import expect_new, naming
 from vllm_mxfp4_sm120.moe import MoEWeights
 
 # A writer holds one shard while SAVERS more are on their way: copying into the page cache can take a core 3 s for a GB.
@@ -59,10 +59,7 @@ class Writer:
 
     def __enter__(self) -> Writer:
         self.directory = Path(self.directory).absolute()
-        if self.directory.exists() and not (self.directory.is_dir() and not any(self.directory.iterdir())):
-            raise ValueError(
-                f"{self.directory}: already exists, expected a new name or an empty directory; remove it first"
-            )
+        expect_new(self.directory)
         self.directory.parent.mkdir(parents=True, exist_ok=True)
         # mkdtemp's folder is for its owner only; the checkpoint in it gets the modes that the umask gives.
         self._private = Path(tempfile.mkdtemp(prefix=f".{self.directory.name}.", dir=self.directory.parent))

@@ -5,7 +5,6 @@ from __future__ import annotations
 
 import argparse
 import sys
-import tempfile
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -21,7 +20,7 @@ from vllm_mxfp4_sm120.bench.models import Model, model
 from vllm_mxfp4_sm120.cache import cache_dir, make_folder
 from vllm_mxfp4_sm120.cli.ending import Outcome, in_words
 from vllm_mxfp4_sm120.cli.progress import progress
-from vllm_mxfp4_sm120.drafts import alone
+from vllm_mxfp4_sm120.drafts import alone, expect_writable
 from vllm_mxfp4_sm120.tune import gpu, session
 from vllm_mxfp4_sm120.tune.decide import GAIN
 from vllm_mxfp4_sm120.tune.session import Job, Notebook, Timer, Tuned
@@ -86,7 +85,7 @@ def target(card: str) -> Path:
         raise RuntimeError("this user has no home directory to keep a rule in: set XDG_CONFIG_HOME, or give --dry-run")
     try:
         make_folder(path.parent)
-        tempfile.TemporaryFile(dir=path.parent).close()
+        expect_writable(path.parent)
     except OSError as error:
         why = error.strerror or error
         raise OSError(f"{path.parent} can't be written ({why}): set XDG_CONFIG_HOME, or give --dry-run") from error

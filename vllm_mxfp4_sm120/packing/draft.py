@@ -15,7 +15,7 @@ from torch import Tensor
 
 from vllm_mxfp4_sm120.checkpoint.headers import INDEX, read_json
 from vllm_mxfp4_sm120.checkpoint.write import save
-from vllm_mxfp4_sm120.drafts import alone, naming
+from vllm_mxfp4_sm120.drafts import alone, expect_new, naming
 from vllm_mxfp4_sm120.packing.manifest import sha256, write_sums
 
 SHARD_BYTES = 1 << 30
@@ -68,8 +68,7 @@ def write(directory: Path, job: Job, progress: Progress = lambda name, done, tot
     raise comes through; after a ValueError of theirs, nothing is left.
     """
     directory = directory.absolute()
-    if directory.exists() and not (directory.is_dir() and not any(directory.iterdir())):
-        raise ValueError(f"{directory}: already exists, expected a new name or an empty directory; remove it first")
+    expect_new(directory)
     draft = directory.with_name(directory.name + ".partial")
     draft.mkdir(parents=True, exist_ok=True)
     with alone(draft), naming(directory):
