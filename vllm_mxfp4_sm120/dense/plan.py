@@ -50,10 +50,9 @@ class Plan:
         """Hand it to the operator of this process."""
         numbers = {config.name: number for number, config in enumerate(native.configurations())} if self.timings else {}
         for shape, timings in self.timings.items():
-            names = (
-                self.name_at(shape, tokens)
-                for tokens in range(1 + max((timing.tokens for timing in timings), default=0))
-            )
+            if not timings:  # no kernel takes it, and none that decodes was proved for it
+                continue
+            names = (self.name_at(shape, tokens) for tokens in range(1 + max(timing.tokens for timing in timings)))
             serve(shape, [TORCHS_OWN if name is None else numbers.get(name, TORCHS_OWN) for name in names])
 
     def text(self, shape: LinearShape) -> str:
