@@ -17,12 +17,16 @@ from vllm_mxfp4_sm120.fp4.plan import Plan
 from vllm_mxfp4_sm120.moe import MoEShape, MoEWeights
 from vllm_mxfp4_sm120.platform import Machine
 
+# Why nothing is chosen by the number of tokens.
+ONE_FOR_ALL = "VLLM_BATCH_INVARIANT=1 wants the same kernel whatever the number of tokens"
+
 
 @dataclass(frozen=True)
 class Request:
     """What the user asked for. `backend` "auto" takes the first that works; any other must work or is an error.
 
     `asked_by` names the setting that said so, `activation_by` the one of `activation` (`settings.ACTIVATION`).
+    `batch_invariant`: a token's answer must have the same bits whatever other tokens there are.
     """
 
     backend: str = "auto"
@@ -32,6 +36,7 @@ class Request:
     proof: bool = True
     activation: str = plan.BF16
     activation_by: str = settings.ACTIVATION.name
+    batch_invariant: bool = False
 
     @property
     def asks_for_terms(self) -> bool:
@@ -39,7 +44,9 @@ class Request:
         return self.activation not in (plan.BF16, plan.OFF)
 
     @classmethod
-    def from_user(cls, moe_backend: str | None = None, additional_config: object = None) -> Request:
+    def from_user(
+        cls, moe_backend: str | None = None, additional_config: object = None, batch_invariant: bool = False
+    ) -> Request:
         """Gather the environment, vLLM's --moe-backend and the "mxfp4_sm120" entry of --additional-config.
 
         Raises ValueError for a name that isn't ours, a bad value, or two settings that contradict each other.
@@ -54,6 +61,7 @@ class Request:
             proof=settings.PROOF.for_engine(options),
             activation=settings.ACTIVATION.for_engine(options),
             activation_by=settings.ACTIVATION.said_by(options),
+            batch_invariant=batch_invariant,
         )
         wish = asked_by if backend == "triton" else settings.USE_TRITON.said_by(options)
         if request.disable_triton and (request.prefer_triton or backend == "triton"):
@@ -99,7 +107,7 @@ class Candidate:
 class Choice:
     """The backend that answers, who wanted it, and the candidates that were passed over, in order.
 
-    `activations` says what the native backend multiplies at how many tokens.
+    `activations` says what the native backend multiplies at how many tokens; `batch_invariant` is the request's.
     """
 
     backend: type[Backend]
@@ -107,6 +115,7 @@ class Choice:
     machine: Machine
     rejected: tuple[Candidate, ...] = ()
     activations: Plan = field(default_factory=Plan)
+    batch_invariant: bool = False
 
     def layer(self, shape: MoEShape) -> Backend:
         """The backend of one layer."""
@@ -162,7 +171,8 @@ def select(machine: Machine, shape: MoEShape, request: Request = Request(), behi
         candidate = look_at(name, machine, shape, request)
         if candidate.reason is None:
             rejected, activations = tuple(looked_at), activations_of(name, machine, shape, request)
-            return Choice(registry.load(name), request.asked_by, machine, rejected, activations)
+            backend, invariant = registry.load(name), request.batch_invariant
+            return Choice(backend, request.asked_by, machine, rejected, activations, invariant)
         looked_at.append(candidate)
     raise NoBackend(machine, request, tuple(looked_at))
 
@@ -215,7 +225,9 @@ def look_at(name: str, machine: Machine, shape: MoEShape, request: Request = Req
 
 def activations_of(name: str, machine: Machine, shape: MoEShape, request: Request) -> Plan:
     """Where FP4 terms are multiplied. Raises ValueError where the user asks for terms that can't be had."""
-    if name == Native.name:
+    if request.batch_invariant:
+        made = Plan(ONE_FOR_ALL)
+    elif name == Native.name:
         made = plan.make(machine, shape, request.activation, request.proof)
     else:
         made = Plan(f"{name} answers, and only {Native.name} has FP4 kernels")

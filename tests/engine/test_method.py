@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import itertools
 import logging
 import math
 import pickle
@@ -101,6 +102,27 @@ def test_the_log_says_what_activations_are(
     assert experts.startswith("mxfp4_sm120: MXFP4 experts on card")
     assert activations == ([] if line is None else [f"mxfp4_sm120: activations of the experts: {line}"])
     assert getattr(method.backend, "fp4_kernels", ()) == (((511, None), (math.inf, 0)) if plan is FOUR else ())
+
+
+@pytest.mark.parametrize("backend", [Native, Tiled])
+def test_batches_that_must_not_change_an_answer(
+    monkeypatch: pytest.MonkeyPatch, said: list[str], backend: type
+) -> None:
+    """One kernel for all numbers of tokens, no FP4 kernel among them; who can't say that of itself says so."""
+    monkeypatch.setattr(library, "load", lambda: "120f-real")
+    table = [library.Configuration(name, 8192, 7168, 1, 1, 1) for name in ("decode", "tokens64", "tokens80")]
+    monkeypatch.setattr(library, "configurations", lambda: table)
+    monkeypatch.setattr(fp4, "configurations", lambda: (fp4.Configuration("terms4_tokens128", 4, 128, 256, 1),))
+    method = object.__new__(fused_moe.Mxfp4Sm120MoEMethod)
+    method.shape, method.compilation_config = SHAPE, SimpleNamespace(cudagraph_mode=None)
+    card = Machine((12, 0), (13, 0), "card")
+    method.choose(selector.Choice(backend, "default", card, activations=FOUR, batch_invariant=True))
+    if backend is Native:
+        assert method.backend.configuration == 1
+        assert {method.backend.fp4_kernel(tokens) for tokens in (1, 511, 512, 8192)} == {None}
+    else:
+        [line] = [line for line in said if "BATCH_INVARIANT" in line]
+        assert line.endswith("and the tiled backend's answers may depend on the number of tokens")
 
 
 def test_graphs_are_off_for_what_cannot_be_captured(said: list[str]) -> None:
@@ -253,12 +275,18 @@ def random_router(config: VllmConfig, dtype: torch.dtype, monkeypatch: pytest.Mo
     return router
 
 
-@pytest.mark.parametrize("backend", [Routes, Tiled])
-@pytest.mark.parametrize("ours", [True, False])
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+@pytest.mark.parametrize(
+    ("backend", "ours", "dtype", "invariant"),
+    [
+        *itertools.product((Routes, Tiled), (True, False), (torch.bfloat16, torch.float32), (False,)),
+        (Routes, True, torch.bfloat16, True),
+    ],
+)
 def test_the_router_is_the_experts_backends_where_it_has_one(
-    backend: type, ours: bool, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+    backend: type, ours: bool, dtype: torch.dtype, invariant: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    """But for batches that must not change an answer: its kernel is for few tokens."""
+    monkeypatch.setattr(quantization_router, "envs", SimpleNamespace(VLLM_BATCH_INVARIANT=invariant))
     config = VllmConfig()
     config.quant_config = Mxfp4Sm120Config({}) if ours else None
     router = random_router(config, dtype, monkeypatch)
@@ -269,7 +297,7 @@ def test_the_router_is_the_experts_backends_where_it_has_one(
     x = torch.randn(3, 64, dtype=dtype)
     plain = torch.nn.functional.linear(x, router.weight, router.bias)
     router.quant_method.process_weights_after_loading(router)
-    fused = ours and backend is Routes and dtype == torch.bfloat16
+    fused = ours and backend is Routes and dtype == torch.bfloat16 and not invariant
     torch.testing.assert_close(router(x), plain + 1 if fused else plain)
 
 

@@ -213,3 +213,13 @@ def test_a_rank_without_any_chosen_expert_gives_zeros(layer: Layer):
         logits[:, :2] = -torch.inf
         torch.full_like(x, 7)  # what the allocator hands out next is not zero
         assert bool((part.forward_logits(prepared, x, logits, expert_map) == 0).all())
+
+
+def test_a_token_gets_the_same_bits_whatever_others_there_are():
+    """Of gpt-oss-20b's layer, with one kernel for all calls: alone, with a few, with many, in more than one launch."""
+    layer = Layer(MoEShape(32, 32, 2880, 2880, 4))
+    assert layer.backend.fix_kernel()
+    x, logits = inputs(layer.shape, 9000)
+    together = layer(x, logits)
+    for some in (slice(0, 1), slice(1, 9), slice(9, 90), slice(90, 700), slice(8000, 9000)):
+        assert torch.equal(layer(x[some], logits[some]), together[some]), some

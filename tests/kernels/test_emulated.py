@@ -16,6 +16,7 @@ import torch
 
 from tests.kernels.emulated import Emulated, MoeArgs, assert_a_lost_block_traps, configs, router
 from tests.support.layers import random_weights
+from vllm_mxfp4_sm120.backends.native.backend import ONE_KERNEL
 from vllm_mxfp4_sm120.moe import Activation, MoEShape, reference, topk_softmax
 
 pytestmark = pytest.mark.skipif(shutil.which("g++") is None, reason="needs g++")
@@ -109,6 +110,17 @@ def test_a_few_tokens_get_the_same_bits_beside_many(library: ctypes.CDLL):
     for begin in range(0, 60, 6):
         some = slice(begin, begin + 6)
         assert torch.equal(layer(x[some], logits[some], config=0), together[some]), begin
+
+
+def test_a_token_gets_the_same_bits_whatever_others_there_are(library: ctypes.CDLL):
+    """Of the kernel that Native.fix_kernel takes."""
+    config, shape = list(CONFIGS.values()).index(ONE_KERNEL), MoEShape(3, 3, 352, 64, 2)
+    x, logits = inputs(shape, 70, 0)
+    layer = Emulated(library, shape, random_weights(shape, "cpu"))
+    library.emulate(3, True, 0)
+    together = layer(x, logits, config)
+    for some in (slice(0, 1), slice(1, 10), slice(10, 70)):
+        assert torch.equal(layer(x[some], logits[some], config), together[some]), some
 
 
 def test_call_after_call(library: ctypes.CDLL):

@@ -317,6 +317,17 @@ def test_the_layer_calls_what_was_chosen(monkeypatch: pytest.MonkeyPatch) -> Non
     assert calls[-1][:2] == ("moe_layer", -1)
 
 
+def test_batches_that_must_not_change_an_answer(child: list) -> None:
+    """No kernel is chosen by the number of tokens, so the card isn't asked; terms can't be had."""
+    made = selector.select(RTX_5090, GPT_OSS, selector.Request(batch_invariant=True))
+    assert made.batch_invariant and made.activations.kernels == () and len(child) == 1
+    assert str(made.activations) == (
+        "BF16 (VLLM_BATCH_INVARIANT=1 wants the same kernel whatever the number of tokens)"
+    )
+    with pytest.raises(ValueError, match="asks for mxfp4x2, which can't be had: VLLM_BATCH_INVARIANT=1 wants the same"):
+        selector.select(RTX_5090, GPT_OSS, selector.Request(activation="mxfp4x2", batch_invariant=True))
+
+
 def test_every_setting_but_off_has_its_terms() -> None:
     values = settings.ACTIVATION.kind.accepted.removeprefix("one of ").split(", ")
     assert {*values} == {*plan.TERMS, plan.OFF} and min(plan.TERMS.values()) == 2

@@ -55,6 +55,13 @@ class Backend(ABC):
         outside = weights.scale_outside(low, high)
         return None if outside is None else f"{outside}, the {cls.name} backend takes {low} to {high}"
 
+    def fix_kernel(self) -> bool:
+        """Compute every call with the same kernel from now on, however many tokens it has.
+
+        Then a token's answer has the same bits whatever others there are. False where the backend can't say that.
+        """
+        return False
+
     @abstractmethod
     def prepare(self, weights: MoEWeights) -> dict[str, Tensor]:
         """Rearrange the checkpoint's layout into this backend's own, once, at load.

@@ -160,7 +160,7 @@ class Dense:
     def _make(self, vllm_config: VllmConfig, kind: str, machine: Machine) -> None:
         shapes = _shapes(vllm_config, kind)
         if envs.VLLM_BATCH_INVARIANT:
-            made = plan.Plan("VLLM_BATCH_INVARIANT=1 wants the same kernel whatever the number of tokens")
+            made = plan.Plan(selector.ONE_FOR_ALL)
         else:
             options = settings.engine_options(vllm_config.additional_config)
             made = plan.make(shapes, machine, settings.PROOF.for_engine(options))

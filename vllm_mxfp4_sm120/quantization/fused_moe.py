@@ -22,6 +22,7 @@ from vllm_mxfp4_sm120.quantization.vllm_symbols import (
     MoEActivation,
     RoutedExperts,
     RoutingMethodType,
+    envs,
     get_current_vllm_config,
     logger,
 )
@@ -92,7 +93,8 @@ class Mxfp4Sm120MoEMethod(FusedMoEMethodBase):
             has_bias=self.moe.has_bias,
             activation=ACTIVATIONS[self.moe.activation],
         )
-        self.request = selector.Request.from_user(self.moe.moe_backend, get_current_vllm_config().additional_config)
+        options = get_current_vllm_config().additional_config
+        self.request = selector.Request.from_user(self.moe.moe_backend, options, envs.VLLM_BATCH_INVARIANT)
         rank = self.moe.moe_parallel_config.tp_rank
         shard = Shard.of(
             layer.expert_map,
@@ -110,6 +112,11 @@ class Mxfp4Sm120MoEMethod(FusedMoEMethodBase):
         if choice.tells_activations:
             logger.info_once("mxfp4_sm120: activations of the experts: %s", str(choice.activations))
         self.choice, self.backend = choice, choice.layer(self.shape)
+        if choice.batch_invariant and not self.backend.fix_kernel():
+            logger.warning_once(
+                "mxfp4_sm120: VLLM_BATCH_INVARIANT=1, and the %s backend's answers may depend on the number of tokens",
+                choice.backend.name,
+            )
         never_capture_unless(self.backend, self.compilation_config)
 
     def stage(self, layer: RoutedExperts, device: torch.device) -> None:

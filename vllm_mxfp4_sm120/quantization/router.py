@@ -14,6 +14,7 @@ from vllm_mxfp4_sm120.quantization.reload import LinearMethod, keeps_weight
 from vllm_mxfp4_sm120.quantization.vllm_symbols import (
     GateLinear,
     UnquantizedLinearMethod,
+    envs,
     get_current_vllm_config,
     get_forward_context,
     op_registry_oot,
@@ -37,7 +38,9 @@ class RouterMethod(LinearMethod):
             return
         experts = self.layers.get(layer.prefix.removesuffix("router") + "experts")
         backend = getattr(getattr(getattr(experts, "routed_experts", None), "quant_method", None), "backend", None)
-        if backend is not None and backend.has_router and layer.weight.dtype == torch.bfloat16:
+        # Its kernel is for few tokens: where batches must not change an answer, vLLM's linear has a kernel for all.
+        fused = backend is not None and backend.has_router and not envs.VLLM_BATCH_INVARIANT
+        if fused and layer.weight.dtype == torch.bfloat16:
             self.backend = backend
         else:  # vLLM may pack the weights for its own linear layer, and drop them
             super().process_weights_after_loading(layer)

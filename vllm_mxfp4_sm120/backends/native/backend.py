@@ -12,6 +12,10 @@ from vllm_mxfp4_sm120.backends.native.layout import MAX_SCALE, MIN_SCALE, tile_e
 from vllm_mxfp4_sm120.moe import Activation, MoEShape, MoEWeights
 from vllm_mxfp4_sm120.platform import Machine
 
+# What computes every call where batches must not change an answer: it takes any number of tokens, and adds up along K
+# in one order. Few tokens take longer than with the decode kernel, which cuts K.
+ONE_KERNEL = "tokens64"
+
 
 class Native(Backend):
     """Grouped kernels that decode MXFP4 in registers, from router logits to output in one to four launches."""
@@ -45,6 +49,11 @@ class Native(Backend):
     def __init__(self, shape: MoEShape) -> None:
         super().__init__(shape)
         library.load()  # where a proof runs, nobody has asked why_not
+
+    def fix_kernel(self) -> bool:
+        self.configuration = [each.name for each in library.configurations()].index(ONE_KERNEL)
+        self.fp4_kernels = ()
+        return True
 
     def prepare(self, weights: MoEWeights) -> dict[str, Tensor]:
         """Tiles of codes and scales, in place where `weights` came from `MoEWeights.empty`."""
