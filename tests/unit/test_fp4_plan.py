@@ -223,7 +223,7 @@ def test_tune_measures_from_how_many_tokens_on(monkeypatch: pytest.MonkeyPatch) 
     assert job.kernels(job.sizes[0]) == [BF16, SMALL, LARGE]
     assert {size.model for size in job.sizes} == {"20b", "120b"} and job.sizes[-1].tokens == 8192
     outcomes = session.run([job], slower_below(50), session.Notebook(None, {}), lambda *_: None)
-    session.write(tuning.user_path("RTX 5090"), "RTX 5090", "here", outcomes)
+    session.write(tuning.user_path("RTX 5090"), session.contents_of("RTX 5090", "here", outcomes, {}))
     for model, most in (("20b", 400), ("120b", 1600)):
         made = plan.make(RTX_5090, models.model(model).experts, "bf16")
         (border, first), *rest = made.lines
@@ -232,6 +232,18 @@ def test_tune_measures_from_how_many_tokens_on(monkeypatch: pytest.MonkeyPatch) 
     assert again.rule == outcomes[0].decision.rule and len(again.sizes) > len(job.sizes)
     [nothing] = session.run([again], slower_below(50), session.Notebook(None, {}), lambda *_: None)
     assert all(change.after != BF16 for change in nothing.decision.changes)
+
+
+def test_tune_takes_the_models_that_proved_themselves(monkeypatch: pytest.MonkeyPatch, child: list) -> None:
+    """One whose layer is too large for the card doesn't keep the other's from being timed."""
+
+    def no_memory_for_120b(solver: str, task: dict, seconds: float) -> proof.Proof:
+        full = task["layer"]["num_experts"] == 128
+        return proof.Proof("OutOfMemoryError: CUDA out of memory", final=False) if full else child[0]
+
+    monkeypatch.setattr(proof, "run_in_child", no_memory_for_120b)
+    [job] = gpu.fp4_jobs(RTX_5090, [models.model("20b"), models.model("120b")])
+    assert {size.model for size in job.sizes} == {"20b"}
 
 
 @pytest.mark.parametrize("reason", ["wrong numbers", None])

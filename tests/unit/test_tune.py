@@ -211,6 +211,49 @@ def test_a_whole_run(here, capsys: pytest.CaptureFixture[str]) -> None:
     assert report["path"] == str(path) and report["families"]["library"]["changes"][0]["after"] == "a"
 
 
+EARLIER = {
+    "for": CARD,
+    "library": "v0",
+    "rule": [{"kernel": "c"}],
+    "fp4": "v0",
+    "fp4_rule": [{"kernel": "x"}],
+    "new": 1,
+}
+
+
+@pytest.mark.parametrize(
+    ("earlier", "stays", "line"),
+    [
+        (
+            json.dumps(EARLIER),
+            {"fp4": "v0", "fp4_rule": [{"kernel": "x"}], "new": 1},
+            "fp4 v0: not timed now, its rule of ",
+        ),
+        (
+            json.dumps(EARLIER | {"for": "H100"}),
+            {},
+            "nothing of {path} stays: {name} is for another card (H100, this is",
+        ),
+        ("[1", {}, "nothing of {path} stays: {name} is no rule: "),
+    ],
+    ids=["this card's", "another card's", "damaged"],
+)
+def test_what_an_earlier_run_has_found(here, capsys, earlier: str, stays: dict, line: str) -> None:
+    """Stays where nothing was timed now, or the loss is said."""
+    here(Clock())
+    path = tuning.user_path(CARD)
+    path.parent.mkdir(parents=True)
+    path.write_text(earlier)
+    assert main(["tune", "--dry-run"]) == 0
+    line = line.format(path=path, name=path.name)
+    assert line in capsys.readouterr().out and path.read_text() == earlier
+    assert main(["tune", "--json"]) == 0
+    written = json.loads(path.read_text())
+    assert [each.startswith(line) for each in json.loads(capsys.readouterr().out)["before"]] == [True]
+    assert {key: written.get(key) for key in ("fp4", "fp4_rule", "new") if key in written} == stays
+    assert written["library"] == "v1" and written["rule"][0] == {"kernel": "a", "tokens": 100}
+
+
 def test_ctrl_c_and_on_from_there(here, home: Path, capsys: pytest.CaptureFixture[str]) -> None:
     here(Clock(stop_after=3))
     assert main(["tune"]) == 130

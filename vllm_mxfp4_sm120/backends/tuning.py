@@ -131,6 +131,16 @@ def find_own(
         return None, f"{path} can't be used: {_short(error)}: {REMEDY}"
 
 
+def written(path: Path | None, card: str) -> dict[str, Any]:
+    """What a user's file says, {} where there is none. Raises OSError; ValueError for no rule, or another card's."""
+    if path is None or not path.exists():
+        return {}
+    contents = _contents(path)
+    if (its_card := contents.get("for", card)) != card:
+        raise ValueError(f"{path.name} is for another card ({_short(its_card)}, this is {card})")
+    return contents
+
+
 def say(found: Found) -> Rule:
     """The rule of what was found; that a user's file is ignored is said once in a process."""
     if found.ignored is not None:

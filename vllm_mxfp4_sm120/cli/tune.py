@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import argparse
 import sys
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -15,7 +15,7 @@ import torch
 from vllm_mxfp4_sm120 import platform, proof, selector
 from vllm_mxfp4_sm120.backends import tuning
 from vllm_mxfp4_sm120.backends.native import Native, library
-from vllm_mxfp4_sm120.backends.tuning import Rule
+from vllm_mxfp4_sm120.backends.tuning import Family, Rule
 from vllm_mxfp4_sm120.bench.models import Model, model
 from vllm_mxfp4_sm120.cache import cache_dir, make_folder
 from vllm_mxfp4_sm120.cli.ending import Outcome, in_words
@@ -53,13 +53,26 @@ def run(args: argparse.Namespace) -> Outcome:
         if args.again:
             notes.forget()
         outcomes = session.run(jobs, timer, notes, show)
+        before, said = of_before(path, card, outcomes)
         if not args.dry_run and path is not None:
-            session.write(path, card, measured(args), outcomes)
+            session.write(path, session.contents_of(card, measured(args), outcomes, before))
             notes.forget()
     last = f"wrote {path}: the next start takes it"
     if args.dry_run:
         last = f"would write {path or 'nothing: this user has no home directory'}"
-    return Outcome([*lines(outcomes), last], report(card, None if args.dry_run else path, outcomes))
+    data = report(card, None if args.dry_run else path, outcomes) | {"before": said}
+    return Outcome([*lines(outcomes), *said, last], data)
+
+
+def of_before(path: Path | None, card: str, outcomes: Sequence[Tuned]) -> tuple[dict[str, Any], list[str]]:
+    """What the file said, and in words what of it stays, or why nothing does."""
+    try:
+        before = tuning.written(path, card)
+    except (OSError, ValueError) as error:
+        return {}, [f"nothing of {path} stays: {in_words(error)}"]
+    timed = {outcome.job.family for outcome in outcomes}
+    kept = [family for family in Family if family.key in before and family not in timed]
+    return before, [f"{family} {before.get(family)}: not timed now, its rule of before stays" for family in kept]
 
 
 def bench(args: argparse.Namespace) -> tuple[str, list[Job], Timer]:
@@ -156,7 +169,7 @@ def rule_lines(rule: Rule) -> Iterator[str]:
         yield f"{bound.kernel} for up to {' and '.join(limits)}" if limits else f"{bound.kernel} for all others"
 
 
-def report(card: str, path: Path | None, outcomes: Sequence[Tuned]) -> Mapping[str, Any]:
+def report(card: str, path: Path | None, outcomes: Sequence[Tuned]) -> dict[str, Any]:
     """What `--json` prints; `path` is what was written."""
     return {
         "card": card,

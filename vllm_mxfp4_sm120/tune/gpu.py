@@ -67,10 +67,11 @@ def jobs(card: str, models: Sequence[Model]) -> list[Job]:
 def fp4_jobs(machine: Machine, models: Sequence[Model]) -> list[Job]:
     """From how many tokens on four FP4 terms are faster than BF16: at many sizes, for nobody knows a border yet.
 
-    None where they can't run, or haven't proved themselves: a kernel that crashes would end the whole run. The library
-    must be loaded.
+    With the models of whose sizes they have proved themselves: a kernel that crashes would end the whole run. None
+    where they can't run. The library must be loaded.
     """
-    if any(plan.make(machine, each.experts, plan.BF16).reason is not None for each in models):
+    models = [each for each in models if plan.make(machine, each.experts, plan.BF16).reason is None]
+    if not models:
         return []
     own, most = plan.own_rule(machine.name), library.limits().tokens
     rule = own.rule if own is not None else (Bound(plan.BF16),)

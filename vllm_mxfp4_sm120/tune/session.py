@@ -135,13 +135,18 @@ def expect_sound(job: Job, failed: Mapping[str, str]) -> None:
             )
 
 
-def write(path: Path, card: str, measured: str, outcomes: Sequence[Tuned]) -> None:
-    """The card's file, whole or not at all. Raises OSError."""
+def contents_of(card: str, measured: str, outcomes: Sequence[Tuned], before: Mapping[str, Any]) -> dict[str, Any]:
+    """A card's file: what was timed, and of the file `before` what says nothing of that."""
     contents: dict[str, Any] = {"for": card, "measured": measured}
     for outcome in outcomes:
         family = outcome.job.family
         contents[family] = outcome.job.version
         contents[family.key] = [bound.as_json() for bound in outcome.decision.rule]
+    return contents | {key: value for key, value in before.items() if key not in contents}
+
+
+def write(path: Path, contents: Mapping[str, Any]) -> None:
+    """The card's file, whole or not at all. Raises OSError."""
     make_folder(path.parent)
     with draft_of(path) as draft:
         draft.write_text(_pretty(contents))
