@@ -16,7 +16,7 @@ from typing import Any
 from vllm_mxfp4_sm120.checkpoint.config import AttentionSizes, Sizes
 from vllm_mxfp4_sm120.mxfp4 import BLOCK
 
-GIB = 1 << 30
+MIB, GIB = 1 << 20, 1 << 30
 BF16, FP8 = 2, 1  # bytes a value
 KV_BLOCK = 16  # tokens; vLLM's block on CUDA
 CONTEXTS = (8192, 32768, 131072)

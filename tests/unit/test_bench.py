@@ -133,14 +133,18 @@ def test_nothing_that_can_be_measured(capsys: pytest.CaptureFixture[str]) -> Non
         (["--backends", "marlin"], "--backends has 'marlin', expected some of flashinfer_trtllm"),
         (["--tokens", "0"], "--tokens is '0', expected numbers from 1 to 65536, such as 1,8,64"),
         (["--tokens", "1,x"], "--tokens is '1,x', expected numbers"),
-        (["--tp", "7"], "--tp 7: expected a divisor of tiny's intermediate size (5)"),
+        (
+            ["--tp", "7"],
+            "--tp 7: expected ranks that share gpt-oss-tiny's 5 blocks of 32 of the intermediate size",
+        ),
+        (["--tp", "x"], "argument --tp: invalid int value: 'x'; see mxfp4-sm120 bench --help"),
         (["--plot", "x.pdf"], "--plot x.pdf: expected a file that ends in .png or .svg"),
         (["--plot", "/proc/x.png"], "--plot /proc/x.png: no file can be made there ("),
         (["--plot", "no/such/folder/x.png"], "--plot no/such/folder/x.png: its folder doesn't exist"),
     ],
 )
 def test_wrong_arguments(arguments: list[str], line: str, capsys: pytest.CaptureFixture[str]) -> None:
-    assert main(["bench", *arguments]) == 1
+    assert main(["bench", *arguments]) == 2
     said = capsys.readouterr().err
     assert said.startswith(f"mxfp4-sm120 bench: {line}") and len(said.splitlines()) == 1
 

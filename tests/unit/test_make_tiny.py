@@ -56,7 +56,7 @@ def test_wrong_arguments(change, arguments, line, tmp_path, capsys):
     if isinstance(change, dict):
         change = json.dumps(json.loads(config_path("tiny", "config.json").read_text()) | change)
     path.write_bytes(change if isinstance(change, bytes) else change.encode())
-    assert main(["make-tiny", "--config", str(path), *arguments, str(tmp_path / "new")]) == 1
+    assert main(["make-tiny", "--config", str(path), *arguments, str(tmp_path / "new")]) == (2 if arguments else 1)
     (said,) = capsys.readouterr().err.splitlines()[-1:]
     assert line in said and [each.name for each in tmp_path.iterdir()] == ["config.json"]
 

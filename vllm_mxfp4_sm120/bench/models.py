@@ -9,7 +9,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from vllm_mxfp4_sm120 import config_path
+from vllm_mxfp4_sm120 import config_path, mxfp4
 from vllm_mxfp4_sm120.checkpoint import AttentionSizes, Sizes, published_config
 from vllm_mxfp4_sm120.moe import MoEShape, MoEWeights, reference, topk_softmax
 
@@ -42,9 +42,10 @@ def model(name: str, tensor_parallel: int = 1) -> Model:
     config = json.loads(config_path("tiny", "config.json").read_text()) if name == "tiny" else None
     config = published_config(f"gpt-oss-{name}") if config is None else config
     shape, attention = Sizes.from_config(config).layer, AttentionSizes.from_config(config)
-    for what, size in (("intermediate size", shape.intermediate_size // 32), ("attention heads", attention.num_heads)):
+    blocks = shape.intermediate_size // mxfp4.BLOCK
+    for what, size in ((f"blocks of {mxfp4.BLOCK} of the intermediate size", blocks), ("heads", attention.num_heads)):
         if tensor_parallel < 1 or size % tensor_parallel:
-            raise ValueError(f"--tp {tensor_parallel}: expected a divisor of {name}'s {what} ({size})")
+            raise ValueError(f"expected ranks that share gpt-oss-{name}'s {size} {what} evenly")
     heads, kv = attention.heads_of_rank(tensor_parallel)
     hidden, dim = shape.hidden_size, attention.head_dim
     return Model(

@@ -24,9 +24,9 @@ NAME_CHARACTERS = 255  # that file systems take
 LFS_POINTER = b"version https://git-lfs.github.com/spec"
 
 
-def read_json(path: Path) -> dict[str, Any]:
-    """A JSON object of the checkpoint. Raises ValueError, naming the file, for whatever else is there."""
-    size = _regular_size(path, f"a checkpoint's {path.name}")
+def read_json(path: Path, expected: str | None = None) -> dict[str, Any]:
+    """A JSON object of the checkpoint, or what else was `expected`. Raises ValueError, naming the file, for no such."""
+    size = _regular_size(path, expected or f"a checkpoint's {path.name}")
     if size > JSON_BYTES:
         raise ValueError(f"{path}: {size} bytes, expected a JSON file of at most {JSON_BYTES}")
     try:

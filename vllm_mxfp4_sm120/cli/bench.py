@@ -18,7 +18,7 @@ from vllm_mxfp4_sm120.bench.limits import Rates
 from vllm_mxfp4_sm120.bench.measure import Bench
 from vllm_mxfp4_sm120.bench.models import DENSE, LAYERS, model
 from vllm_mxfp4_sm120.bench.table import Table
-from vllm_mxfp4_sm120.cli.ending import Outcome
+from vllm_mxfp4_sm120.cli.ending import Outcome, WrongArguments
 from vllm_mxfp4_sm120.cli.progress import progress
 from vllm_mxfp4_sm120.platform import Machine
 
@@ -51,9 +51,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> Outcome:
-    """Its status is 0, or 1 if nothing could be measured or drawn. Raises ValueError for a wrong argument."""
+    """Its status is 0, or 1 if nothing could be measured or drawn. Raises WrongArguments."""
     if args.plot is not None and (reason := plot.why_not(args.plot)):
-        raise ValueError(reason)
+        raise WrongArguments(reason)
     layers = chosen_layers(args.layers)
     wanted = chosen_backends(args.backends)
     tokens = None if args.tokens is None else chosen_tokens(args.tokens)
@@ -79,9 +79,12 @@ def examine(
     wanted: Sequence[str] | None,
     tokens: Sequence[int] | None,
 ) -> tuple[Rates, list[Table]]:
-    """Measure everything that was asked for."""
+    """Measure everything that was asked for. Raises WrongArguments for ranks that don't divide the layers."""
     on_cpu = machine.capability is None
-    sizes = model(args.model or ("tiny" if on_cpu else "20b"), args.tp)
+    try:
+        sizes = model(args.model or ("tiny" if on_cpu else "20b"), args.tp)
+    except ValueError as error:
+        raise WrongArguments(f"--tp {args.tp}: {error}") from None
     with progress("measuring", quiet=args.json, unit="sizes") as step:
         step("the machine", 0, 1)
         device = proof.device(machine)
@@ -169,12 +172,12 @@ def command(args: argparse.Namespace) -> str:
 
 
 def chosen_layers(text: str | None) -> list[str]:
-    """Raises ValueError for one that isn't of LAYER_NAMES."""
+    """Raises WrongArguments for one that isn't of LAYER_NAMES."""
     return list(LAYER_NAMES) if text is None else _words("--layers", text, LAYER_NAMES)
 
 
 def chosen_backends(text: str | None) -> list[str] | None:
-    """Raises ValueError for a word that no name begins with."""
+    """Raises WrongArguments for a word that no name begins with."""
     if text is None:
         return None
     every = (*experts.ALL, *dense.ALL)
@@ -186,16 +189,16 @@ def _words(option: str, text: str, expected: Sequence[str], also: set[str] = fro
     words = [word.strip() for word in text.split(",")]
     for word in words:
         if word not in expected and word not in also:
-            raise ValueError(f"{option} has {word!r}, expected some of {', '.join(expected)}")
+            raise WrongArguments(f"{option} has {word!r}, expected some of {', '.join(expected)}")
     return words
 
 
 def chosen_tokens(text: str) -> list[int]:
-    """Raises ValueError for what isn't a list of numbers from 1 to 65536."""
+    """Raises WrongArguments for what isn't a list of numbers from 1 to 65536."""
     try:
         numbers = [int(word) for word in text.split(",")]
     except ValueError:
         numbers = [0]
     if not all(0 < number <= 65536 for number in numbers):
-        raise ValueError(f"--tokens is {text!r}, expected numbers from 1 to 65536, such as 1,8,64")
+        raise WrongArguments(f"--tokens is {text!r}, expected numbers from 1 to 65536, such as 1,8,64")
     return sorted(set(numbers))

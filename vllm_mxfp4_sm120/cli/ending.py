@@ -11,7 +11,12 @@ from collections.abc import Iterable
 from contextlib import suppress
 from dataclasses import dataclass
 
+WRONG_ARGUMENTS = 2
 STOPPED, NOBODY_READS = 128 + signal.SIGINT, 128 + signal.SIGPIPE  # as shells count
+
+
+class WrongArguments(ValueError):
+    """What was asked for makes no sense, whatever lies on this machine."""
 
 
 @dataclass(frozen=True)
@@ -39,7 +44,7 @@ class Outcome:
 def failed(command: str, why: str, as_json: bool, status: int = 1) -> int:
     """Say why on stderr, to programs also on stdout; returns the status."""
     why = " ".join(why.splitlines())
-    print(f"mxfp4-sm120 {command}: {why}", file=sys.stderr)
+    print(f"{' '.join(['mxfp4-sm120', command]).strip()}: {why}", file=sys.stderr)
     if as_json:
         with suppress(OSError):  # where stdout is what failed
             Outcome(data={"error": why}).tell(True)

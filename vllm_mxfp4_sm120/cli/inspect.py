@@ -11,8 +11,8 @@ from pathlib import Path
 from vllm_mxfp4_sm120 import mxfp4
 from vllm_mxfp4_sm120.checkpoint import Sizes, published_config
 from vllm_mxfp4_sm120.checkpoint.survey import Survey, survey
-from vllm_mxfp4_sm120.cli.ending import Outcome
-from vllm_mxfp4_sm120.fit import GIB, LAYOUTS, Fit, Memory
+from vllm_mxfp4_sm120.cli.ending import Outcome, WrongArguments
+from vllm_mxfp4_sm120.fit import GIB, LAYOUTS, MIB, Fit, Memory
 
 PUBLISHED = ("openai/gpt-oss-20b", "openai/gpt-oss-120b")
 EXAMPLES = """examples:
@@ -93,14 +93,15 @@ def lines(report: Report) -> Iterator[str]:
     }[report.layout]
     yield f"hidden size {sizes.hidden_size}, intermediate size {sizes.intermediate_size}, {what}"
     yield ""
-    yield f"{'layout':24}{'hidden x intermediate':>24}{'experts GiB':>14}{'all weights GiB':>18}"
+    unit, size = ("GiB", GIB) if max(each.weights for each in report.layouts) >= GIB else ("MiB", MIB)
+    yield f"{'layout':24}{'hidden x intermediate':>24}{f'experts {unit}':>14}{f'all weights {unit}':>18}"
     for each in report.layouts:
         padded = f"{each.hidden_size} x {each.intermediate_size}"
-        yield f"{each.name:24}{padded:>24}{each.experts / GIB:14.2f}{each.weights / GIB:18.2f}"
-    rest = ", ".join(f"{name} {nbytes / GIB:.2f}" for name, nbytes in report.rest.items())
-    yield f"BF16 in all of them: {rest} GiB"
-    dense, int8 = report.dense_bf16 / GIB, report.dense_int8 / GIB
-    yield f"dense: int8 keeps attention's projections, lm_head and embedding in {int8:.2f} instead of {dense:.2f} GiB"
+        yield f"{each.name:24}{padded:>24}{each.experts / size:14.2f}{each.weights / size:18.2f}"
+    rest = ", ".join(f"{name} {nbytes / size:.2f}" for name, nbytes in report.rest.items())
+    yield f"BF16 in all of them: {rest} {unit}"
+    dense = f"{report.dense_int8 / size:.2f} {unit} instead of {report.dense_bf16 / size:.2f}"
+    yield f"dense: int8 keeps attention's projections, lm_head and embedding in {dense}"
     yield ""
     yield from table(report.fits)
     yield ""
@@ -131,7 +132,7 @@ def table(fits: list[Fit]) -> Iterator[str]:
         counts = "".join(f"{row.requests or '-':>11}" for row in row_of)
         name = "  with dense: int8" if dense == "int8" else name
         yield f"{name:28}{(first.weights + first.working) / GIB:20.1f}{counts}"
-    yield "an estimate, for vLLM's defaults; with the desktop on the card there is less"
+    yield "an estimate, for vLLM's defaults; GiB are each card's; with the desktop on the card there is less"
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -144,7 +145,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> Outcome:
     """Its status is 0, or 1 if something is wrong with the checkpoint."""
     if args.verify and not Path(args.model).is_dir():
-        raise ValueError(f"--verify reads the files of a folder, and {args.model} is none")
+        raise WrongArguments(f"--verify reads the files of a folder, and {args.model} is none")
     report = examine(_survey(args.model))
     if args.verify:
         from vllm_mxfp4_sm120.packing import verify

@@ -22,7 +22,7 @@ from torch import Tensor
 from vllm_mxfp4_sm120 import config_path
 from vllm_mxfp4_sm120.checkpoint import Sizes, Writer, check_config, published_config
 from vllm_mxfp4_sm120.checkpoint.headers import read_json
-from vllm_mxfp4_sm120.cli.ending import Outcome
+from vllm_mxfp4_sm120.cli.ending import Outcome, WrongArguments
 from vllm_mxfp4_sm120.cli.progress import Show, progress
 from vllm_mxfp4_sm120.drafts import naming
 from vllm_mxfp4_sm120.moe import MoEShape, MoEWeights, reference, topk_softmax
@@ -83,10 +83,10 @@ def run(args: argparse.Namespace) -> Outcome:
     """Raises ValueError, OSError."""
     config = published_config(args.like) if args.like else own_config(args.config)
     if not 0 <= args.seed < 1 << 63:
-        raise ValueError(f"--seed is {args.seed}, expected 0 to 2^63 - 1")
+        raise WrongArguments(f"--seed is {args.seed}, expected 0 to 2^63 - 1")
     if args.layers is not None:
         if not 1 <= args.layers <= config["num_hidden_layers"]:
-            raise ValueError(f"--layers is {args.layers}, expected 1 to {config['num_hidden_layers']}")
+            raise WrongArguments(f"--layers is {args.layers}, expected 1 to {config['num_hidden_layers']}")
         config["num_hidden_layers"] = args.layers
         if config.get("layer_types") is not None:
             config["layer_types"] = config["layer_types"][: args.layers]
@@ -131,7 +131,7 @@ def make_tiny(directory: Path, config: dict[str, Any], seed: int = SEED, show: S
 
 def own_config(path: Path) -> dict[str, Any]:
     """A config.json that a checkpoint can be made of. Raises ValueError."""
-    config = read_json(path)
+    config = read_json(path, "a config.json")
     check_config(config, str(path))
     if missing := [key for key in WRITTEN if config.get(key) is None]:
         raise ValueError(f"{path}: {', '.join(missing)} missing, expected as in the published config.json")

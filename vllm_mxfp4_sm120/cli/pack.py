@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from vllm_mxfp4_sm120.cli.ending import Outcome
+from vllm_mxfp4_sm120.cli.ending import Outcome, WrongArguments
 from vllm_mxfp4_sm120.cli.progress import progress
 
 if TYPE_CHECKING:
@@ -65,7 +65,7 @@ def moments(args: argparse.Namespace) -> dict[str, torch.Tensor]:
     if args.calibrate is None:
         return {}
     if not args.search:
-        raise ValueError("--calibrate weighs the errors that --search compares; give --search, too")
+        raise WrongArguments("--calibrate weighs the errors that --search compares; give --search, too")
     from vllm_mxfp4_sm120.packing.calibrate import second_moments
     from vllm_mxfp4_sm120.packing.source import Source
 
@@ -79,20 +79,22 @@ def moments(args: argparse.Namespace) -> dict[str, torch.Tensor]:
 
 
 def device(args: argparse.Namespace) -> torch.device:
-    """The torch.device that --device names. Raises ValueError."""
+    """The torch.device that --device names. Raises WrongArguments."""
     if args.device is None:
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     try:
         torch.ones(1, device=args.device).item()
     except (RuntimeError, AssertionError) as error:
-        raise ValueError(f"--device {args.device}: {str(error).splitlines()[0]}") from error
+        why = str(error).splitlines()[0]
+        why = "expected cpu, or cuda for a GPU" if "device type at start of device string" in why else why
+        raise WrongArguments(f"--device {args.device}: {why}") from error
     return torch.device(args.device)
 
 
 def shard_bytes(args: argparse.Namespace) -> int:
-    """Raises ValueError."""
+    """Raises WrongArguments."""
     if not 0 < args.shard_gb <= 1000:
-        raise ValueError(f"--shard-gb is {args.shard_gb}, expected more than 0 and at most 1000")
+        raise WrongArguments(f"--shard-gb is {args.shard_gb}, expected more than 0 and at most 1000")
     return int(args.shard_gb * 2**30)
 
 

@@ -46,7 +46,9 @@ class Adapter:
     def __init__(self, directory: str | Path, sizes: Sizes, required: Mapping[str, TensorInfo]) -> None:
         self.file = Path(directory) / FILE
         self.sizes = sizes
-        self.scaling = _scaling(read_json(Path(directory) / "adapter_config.json"), self.file.parent)
+        self.scaling = _scaling(
+            read_json(Path(directory) / "adapter_config.json", "a LoRA's as PEFT saves it"), self.file.parent
+        )
         self.pairs: dict[Target, dict[str, str]] = {}
         self.whole: dict[str, str] = {}
         self._last: tuple[tuple[str, str], tuple[Tensor, Tensor]] | None = None
