@@ -74,6 +74,8 @@ def forced(shape: MoEShape, config: int, first: int = 0) -> Native:
         (MoEShape(8, 8, 2880, 736, 2, has_bias=False), 77),
         (MoEShape(5, 5, 96, 32, 3), 1),
         (MoEShape(3, 3, 352, 672, 1), 513),
+        (MoEShape(2, 2, 7168, 4096, 1), 100),
+        (MoEShape(256, 256, 256, 128, 8, has_bias=False), 300),
     ],
     ids=str,
 )

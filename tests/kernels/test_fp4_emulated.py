@@ -22,6 +22,7 @@ from vllm_mxfp4_sm120.checkpoint import published_config
 from vllm_mxfp4_sm120.fit import Memory
 from vllm_mxfp4_sm120.moe import Activation, MoEShape, MoEWeights, activate, reference, topk_softmax
 from vllm_mxfp4_sm120.mxfp4 import E2M1_VALUES, dequantize
+from vllm_mxfp4_sm120.proof.problem import scattered
 
 pytestmark = pytest.mark.skipif(shutil.which("g++") is None, reason="needs g++")
 
@@ -224,6 +225,25 @@ def test_right(library: ctypes.CDLL, seed: int):
     assert found["exact"] <= TOLERANCE[config // 2 + 1], (problem(seed), CONFIGS[config], found)
     if config // 2 + 1 == 4:  # what they are for: BF16's accuracy
         assert found["exact"] <= found["bf16"], (problem(seed), CONFIGS[config], found)
+
+
+@pytest.mark.parametrize(
+    ("shape", "tokens", "config"),
+    [
+        (MoEShape(256, 256, 64, 32, 8), 3, 6),
+        (MoEShape(256, 3, 32, 96, 8), 150, 7),
+        (MoEShape(1, 1, 7168, 32, 1), 2, 7),
+        (MoEShape(2, 2, 32, 7168, 2), 2, 6),
+    ],
+    ids=["most experts", "few of them here", "largest hidden size", "largest intermediate size"],
+)
+def test_right_at_the_limits(library: ctypes.CDLL, shape: MoEShape, tokens: int, config: int):
+    x, logits = inputs(shape, tokens, 0)
+    expert_map = scattered(shape, "cpu")
+    library.emulate(3, True, 0)
+    out = EmulatedFp4(library, shape, random_weights(shape))(x, logits, config, expert_map)
+    right = reference(random_weights(shape), x, *topk_softmax(logits, shape.top_k), shape.activation, expert_map)
+    assert float((out.double() - right).norm() / right.norm()) <= TOLERANCE[config // 2 + 1]
 
 
 @EACH

@@ -12,6 +12,7 @@ import pytest
 from vllm_mxfp4_sm120 import proof
 from vllm_mxfp4_sm120.backends.native import fp4, library
 from vllm_mxfp4_sm120.backends.tiled import Tiled
+from vllm_mxfp4_sm120.bench import timing
 from vllm_mxfp4_sm120.fp4 import plan, trial
 from vllm_mxfp4_sm120.fp4.plan import BF16
 from vllm_mxfp4_sm120.moe import MoEShape
@@ -88,6 +89,22 @@ def test_more_tokens_than_the_problem_has(kernels: dict, monkeypatch: pytest.Mon
     found = trial.solve(asdict(HALF), asdict(HALF), "cpu").found
     assert found["wrong"] == {LARGE: "0.03 from BF16 kernels' answer at 8 tokens, expected at most 0.02"}
     assert [LARGE in by_kernel for _, by_kernel in found["times"]] == [True, False]
+
+
+def test_a_small_layer_is_walked_over_as_often_as_a_model_has_layers(
+    kernels: dict, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """And not until no cache holds them: of models/gpt-oss-small those were hundreds, and gigabytes of answers."""
+    walked: list[int] = []
+
+    def per_call(calls: dict, *given: object) -> dict[str, float]:
+        walked.extend(len(layers) for layers in calls.values())
+        return dict.fromkeys(calls, 1.0)
+
+    monkeypatch.setattr(timing, "copies_beyond_cache", lambda *given: 551)
+    monkeypatch.setattr(timing, "per_call", per_call)
+    assert trial.solve(asdict(SHAPE), asdict(SHAPE), "cpu").reason is None
+    assert {*walked} == {timing.GRAPH_CALLS}
 
 
 def test_a_kernel_that_raises_and_bf16_kernels_that_are_wrong(kernels: dict, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -87,6 +87,7 @@ def test_the_answer_is_remembered(cache, monkeypatch):
     ("message", "final"),
     [
         ("CUDA error: no kernel image is available for execution on the device", True),
+        ("CUDA error: an illegal instruction was encountered", True),
         ("CUDA error: invalid device function", True),
         ("CUDA out of memory. Tried to allocate 2.00 GiB", False),
         ("CUDA driver error: out of memory", False),

@@ -102,7 +102,10 @@ def per_call(
     calls: Mapping[str, Sequence[Callable[[], Tensor]]], device: torch.device, repeats: int, again: int = 1
 ) -> dict[str, float]:
     """Microseconds of one call of each, where all walk over their layers' calls, on a GPU in CUDA graphs: medians."""
-    walks = {name: walk_over(layers, again, capture=device.type == "cuda") for name, layers in calls.items()}
+    walks = {}
+    for name, layers in calls.items():
+        walks[name] = walk_over(layers, again, capture=device.type == "cuda")
+        walks[name].outputs.clear()  # the next graph's lie in the same memory
     times = medians({name: walk.run for name, walk in walks.items()}, device, repeats)
     return {name: time / walks[name].calls for name, time in times.items()}
 

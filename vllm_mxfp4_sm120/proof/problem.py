@@ -29,8 +29,9 @@ OUTLIER_EVERY, OUTLIER_LOG2 = 16, 20
 # One token is so much larger than the others, one so much smaller.
 LARGE_TOKEN, TINY_TOKEN = 16.0, 1 / 64
 
-# What CUDA says where a library holds no code for this card: that stays so, unlike all else that raises.
-MISSING_KERNEL = ("no kernel image", "NO_BINARY_FOR_GPU", "invalid device function")
+# What CUDA says where a library holds no code for this card, or code that the card hasn't: that stays so, unlike all
+# else that raises.
+MISSING_KERNEL = ("no kernel image", "NO_BINARY_FOR_GPU", "invalid device function", "illegal instruction")
 
 
 @dataclass(frozen=True)
