@@ -5,8 +5,6 @@ from __future__ import annotations
 
 import json
 import os
-import subprocess
-import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -16,9 +14,9 @@ import pytest
 import torch
 
 from tests.conftest import MadeOnce
+from tests.support import warm
 from vllm_mxfp4_sm120 import selector
 from vllm_mxfp4_sm120.checkpoint import Sizes
-from vllm_mxfp4_sm120.lifeline import tied
 from vllm_mxfp4_sm120.memory import upcast_bytes
 from vllm_mxfp4_sm120.mxfp4 import BLOCK
 
@@ -71,24 +69,25 @@ def generate(
     rounds: int = 1,
     score: bool = False,
     adapters: list[str | None] | None = None,
+    spawn: bool = False,
     **engine: Any,
 ) -> Answers:
-    """Greedy answers of an engine in a process of its own. Raises CalledProcessError, its log being in `directory`."""
+    """Greedy answers of an engine in a process of its own. Raises CalledProcessError, its log being in `directory`.
+
+    With `spawn` its ranks are spawned, as vLLM does it on CPUs, where a fork is ready seconds earlier.
+    """
     engine = {"model": str(model), "max_model_len": 512, "kv_cache_memory_bytes": 1 << 26, **engine}
     ranks = engine.get("tensor_parallel_size", 1) * engine.get("pipeline_parallel_size", 1)
     how = (ONE_PROCESS if ranks == 1 else ONE_OF_SEVERAL) | (EAGER if engine.get("enforce_eager") else {})
     task = {"engine": engine, "prompts": prompts, "max_tokens": MAX_TOKENS, "rounds": rounds, "score": score}
     task |= {"vllm_routes": vllm_routes, "adapters": adapters}
-    command = [sys.executable, "-m", "tests.engine.generate", str(directory / RESULT)]
-    options = {"cwd": Path(__file__).parents[2], "env": {**ENV, **how, **(env or {})}, "text": True}
-    # Tied, for ranks outlive their engine's process: none is left to whoever stops the tests.
-    with (
-        (directory / "engine.log").open("w") as log,
-        tied(command, stdin=subprocess.PIPE, stdout=log, stderr=subprocess.STDOUT, **options) as process,
-    ):
-        process.communicate(json.dumps(task), timeout=600)
-    if process.returncode:
-        raise subprocess.CalledProcessError(process.returncode, command)
+    warm.run(
+        "tests.engine.generate",
+        *(directory / RESULT, json.dumps(task)),
+        environment={**ENV, **how, **(env or {})},
+        log=directory / "engine.log",
+        fork=not spawn,
+    )
     return Answers.read(directory)
 
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""One vLLM engine in a process of its own: a JSON task on stdin, a JSON result into the file named by argv[1].
+"""One vLLM engine in a process of its own: a JSON task as argv[2], a JSON result into the file named by argv[1].
 
 Run as a module, from the repository's root.
 
@@ -47,7 +47,7 @@ def main() -> None:
     # Ranks in other processes find a function by its module, which for them is not __main__.
     from tests.engine.generate import let_vllm_route, who_answers
 
-    task = json.load(sys.stdin)
+    task = json.loads(sys.argv[2])
     llm = LLM(**task["engine"])
     if task["vllm_routes"]:
         llm.apply_model(let_vllm_route)

@@ -7,7 +7,6 @@ import ast
 import importlib
 import json
 import logging
-import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -17,6 +16,7 @@ import pytest
 
 import vllm_mxfp4_sm120
 from tests.engine.conftest import EAGER, ENV, ONE_PROCESS
+from tests.support import warm
 from tests.support.neighbours import make_neighbours
 
 PACKAGE = Path(vllm_mxfp4_sm120.__file__).parent
@@ -142,17 +142,11 @@ def test_other_models_answer_the_same(tmp_path: Path) -> None:
         ("broken", {}, ["--without", broken]),
     ):
         result = tmp_path / f"{name}.json"
-        command = [sys.executable, "-m", "tests.engine.neighbours", str(result), *map(str, folders.values())]
-        done = subprocess.run(
-            [*command, *arguments],
-            cwd=PACKAGE.parent,
-            env={**ENV, **ONE_PROCESS, **EAGER, **env},
-            capture_output=True,
-            text=True,
-        )
-        assert done.returncode == 0, done.stdout + done.stderr
+        log = tmp_path / f"{name}.log"
+        environment = {**ENV, **ONE_PROCESS, **EAGER, **env}
+        warm.run("tests.engine.neighbours", result, *folders.values(), *arguments, environment=environment, log=log)
         answers.append(json.loads(result.read_text()))
-        logs.append(done.stdout + done.stderr)
+        logs.append(log.read_text())
     assert answers[0].keys() == folders.keys()
     assert answers[0] == answers[1] == answers[2]
     assert ["is off with vLLM" in log for log in logs] == [False, False, True]

@@ -22,7 +22,8 @@ DENSE = {"additional_config": {"mxfp4_sm120": {"dense": "bf16"}}}
 @pytest.mark.parametrize(
     ("ranks", "engine"),
     [
-        ({"tp": 2}, {"enforce_eager": True, "tensor_parallel_size": 2}),  # 3 and 2 of the 5 blocks of I
+        # 3 and 2 of the 5 blocks of I. Spawned: what vLLM hands to a rank is pickled.
+        ({"tp": 2}, {"enforce_eager": True, "tensor_parallel_size": 2, "spawn": True}),
         ({"ep": 2}, {"enforce_eager": True, "tensor_parallel_size": 2, "enable_expert_parallel": True}),
         ({"pp": 2}, {**TRACED_ONLY, **DENSE, "pipeline_parallel_size": 2}),
     ],

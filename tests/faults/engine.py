@@ -16,6 +16,8 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from tests.support.warm import collect_no_more
+
 
 def digests(model: Any) -> dict[str, str]:
     import torch
@@ -75,6 +77,7 @@ def main() -> None:
     if not torch.accelerator.is_available():
         torch.accelerator.empty_cache = lambda: None  # as vLLM's worker for CPUs has it
     register_loader()
+    collect_no_more()
     tasks = json.load(sys.stdin)
     Path(sys.argv[1]).write_text(json.dumps([load(folder, arguments) for folder, arguments in tasks]))
 
