@@ -41,7 +41,9 @@ def expect_writable(folder: Path) -> None:
 
 
 def expect_new(directory: Path) -> None:
-    """Raises ValueError, naming it, unless the directory is to be made, or is empty."""
+    """Raises ValueError, naming it, unless the directory is to be made, or is empty: a draft can take its place."""
+    if directory.is_symlink() or os.path.ismount(directory):
+        raise ValueError(f"{directory}: a link or a mount point, expected a new name; give a folder within it")
     if directory.exists() and not (directory.is_dir() and not any(directory.iterdir())):
         raise ValueError(f"{directory}: already exists, expected a new name or an empty directory; remove it first")
 

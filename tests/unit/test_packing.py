@@ -312,6 +312,14 @@ def test_a_full_disk_and_a_taken_name_are_seen_at_once(
         packing.pack(tuned, tmp_path / "packed")
 
 
+def test_a_link_is_not_replaced(tuned: Path, tmp_path: Path) -> None:
+    """Said before the work, not after it."""
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "link").symlink_to(tmp_path / "empty")
+    with pytest.raises(ValueError, match="link: a link or a mount point, expected a new name"):
+        packing.pack(tuned, tmp_path / "link")
+
+
 def test_the_manifest_tells_what_was_changed(tuned: Path, tmp_path: Path) -> None:
     packing.pack(tuned, tmp_path / "packed")
     (tmp_path / "packed" / "config.json").write_text("{}")
@@ -334,7 +342,7 @@ def test_the_command_says_what_it_did(
     assert main(["pack", str(tuned), str(tmp_path / "again")]) == 0
     out, err = capsys.readouterr()
     assert "gate_up_proj" in out and "dB" in out and "GB" in err
-    assert main(["pack", str(tuned), str(tmp_path / "other"), "--device", "nowhere"]) == 1
+    assert main(["pack", str(tuned), str(tmp_path / "other"), "--device", "nowhere"]) == 2
     assert "--device nowhere" in capsys.readouterr().err
     monkeypatch.setattr(packing, "pack", lambda *_: (_ for _ in ()).throw(packing.Stopped("stopped; it goes on")))
     assert main(["pack", str(tuned), str(tmp_path / "other")]) == 130

@@ -71,7 +71,7 @@ def test_the_command_calibrates(tmp_path: Path, capsys: pytest.CaptureFixture[st
     packing.unpack(SMALL / "checkpoint", tmp_path / "bf16")
     (tmp_path / "text").write_text(TEXT)
     arguments = ["pack", str(tmp_path / "bf16"), str(tmp_path / "packed"), "--calibrate", str(tmp_path / "text")]
-    assert main(arguments) == 1
+    assert main(arguments) == 2
     assert "give --search, too" in capsys.readouterr().err
     assert main([*arguments, "--search", "--json"]) == 0
     report = json.loads(capsys.readouterr().out)

@@ -4,8 +4,9 @@
 from __future__ import annotations
 
 import argparse
+import hashlib
 from collections.abc import Iterator
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -15,7 +16,7 @@ from vllm_mxfp4_sm120.cli.ending import Outcome, WrongArguments
 from vllm_mxfp4_sm120.cli.progress import progress
 
 if TYPE_CHECKING:
-    from vllm_mxfp4_sm120.packing.pack import Report
+    from vllm_mxfp4_sm120.packing.pack import Options, Report
 
 EXAMPLES = """examples:
   mxfp4-sm120 pack ./my-finetune ./my-finetune-mxfp4
@@ -54,16 +55,17 @@ def run(args: argparse.Namespace) -> Outcome:
     """Raises ValueError; KeyboardInterrupt, which says how to go on."""
     from vllm_mxfp4_sm120.packing import Options, pack
 
-    options = Options(args.search, args.adapter, moments(args), device(args), shard_bytes(args))
+    options = Options(args.search, args.adapter, device=device(args), shard_bytes=shard_bytes(args))
+    options = calibrated(options, args)
     with progress("packing", quiet=args.json) as show:
         report = pack(args.source, args.target, options, show)
     return Outcome(lines(report), asdict(report))
 
 
-def moments(args: argparse.Namespace) -> dict[str, torch.Tensor]:
-    """What `pack` weighs errors by; nothing without --calibrate. Raises ValueError."""
+def calibrated(options: Options, args: argparse.Namespace) -> Options:
+    """With what `pack` weighs errors by, where --calibrate asks for it. Raises ValueError."""
     if args.calibrate is None:
-        return {}
+        return options
     if not args.search:
         raise WrongArguments("--calibrate weighs the errors that --search compares; give --search, too")
     from vllm_mxfp4_sm120.packing.calibrate import second_moments
@@ -75,7 +77,8 @@ def moments(args: argparse.Namespace) -> dict[str, torch.Tensor]:
     except UnicodeDecodeError as error:
         raise ValueError(f"--calibrate {args.calibrate} is no text in UTF-8: {error.reason} at {error.start}") from None
     with progress("calibrating", quiet=args.json, unit="layers") as show:
-        return second_moments(source, text, device(args), show)
+        moments = second_moments(source, text, options.device, show)
+    return replace(options, moments=moments, text=hashlib.sha256(text.encode()).hexdigest())
 
 
 def device(args: argparse.Namespace) -> torch.device:

@@ -30,12 +30,14 @@ class Options:
     """`search`: the best of neighbouring scales for each block. `adapter`: the folder of a LoRA to merge.
 
     `moments`: for each projection of each layer, the mean squares [E, K] of what its weights are multiplied by; the
-    search weighs errors by them. `device` computes, the GPU if there is one.
+    search weighs errors by them. `text` says what they were measured on, so that a run goes on with no others: they
+    themselves differ a little from run to run on a GPU. `device` computes, the GPU if there is one.
     """
 
     search: bool = False
     adapter: Path | None = None
     moments: dict[str, Tensor] = field(default_factory=dict)
+    text: str = ""
     device: torch.device = field(default_factory=lambda: torch.device("cuda" if torch.cuda.is_available() else "cpu"))
     shard_bytes: int = SHARD_BYTES
 
@@ -81,7 +83,7 @@ def pack(
 
     what = {"packed by": __version__, "source": files.identity(source.directory), "search": options.search}
     what["adapter"] = None if options.adapter is None else files.identity(Path(options.adapter))
-    what["moments"] = {name: float(tensor.double().sum()) for name, tensor in options.moments.items()}
+    what["text"] = options.text
     what["shard_bytes"] = options.shard_bytes
     job = Job(list(_units(source, options)), what, finish, shard_bytes=options.shard_bytes)
     reports = write(directory, job, progress)
