@@ -22,6 +22,7 @@ from vllm_mxfp4_sm120.checkpoint import Sizes, published_config
 from vllm_mxfp4_sm120.cli import activations, surroundings
 from vllm_mxfp4_sm120.cli.activations import Activations
 from vllm_mxfp4_sm120.cli.ending import Outcome
+from vllm_mxfp4_sm120.cli.progress import Show, progress
 from vllm_mxfp4_sm120.cli.surroundings import Attention, Python
 from vllm_mxfp4_sm120.dense import plan
 from vllm_mxfp4_sm120.fit import Memory
@@ -90,8 +91,11 @@ class Report:
         return None not in self.chosen.values()
 
 
-def examine(prove: bool = True) -> Report:
-    """Look at everything; import nothing that isn't installed. Raises ValueError for a bad MXFP4_SM120_* variable."""
+def examine(prove: bool = True, show: Show = lambda *_: None) -> Report:
+    """Look at everything; import nothing that isn't installed. Raises ValueError for a bad MXFP4_SM120_* variable.
+
+    Each proof may take a minute: `show` is called with what is being asked.
+    """
     settings.check()
     machine = selector.this_machine()
     report = Report(versions(), f"{machine.name} ({machine.sm})")
@@ -106,12 +110,19 @@ def examine(prove: bool = True) -> Report:
     look_at_tuning(report)
     request = selector.Request.from_user()
     request = replace(request, proof=prove and request.proof)
+    asked = ["vLLM", *registry.NAMES, *MODELS, "linear layers"]
+
+    def ask(what: str) -> None:
+        show(what, asked.index(what), len(asked))
+
+    ask("vLLM")
     look_around(report, ask_vllm=prove)
     layers = {model: Sizes.from_config(published_config(model)).layer for model in MODELS}
     report.weights = {model: Memory(published_config(model)).weights() for model in MODELS}
     report.free = memory.free_bytes() if machine.capability is None else 0
     shape = layers[MODELS[0]]
     for name in registry.NAMES:
+        ask(name)
         backend = registry.load(name)
         why_not = machine.why_unsupported() or backend.why_not(machine, shape)
         tried = None
@@ -119,6 +130,7 @@ def examine(prove: bool = True) -> Report:
             tried = proof.why_not(backend, machine, shape) or "right"
         report.backends.append(BackendReport(name, name in selector.order(machine), why_not, tried))
     for model, shape in layers.items():
+        ask(model)
         try:
             choice = selector.select(machine, shape, request)
             report.chosen[model] = choice.backend.name
@@ -127,7 +139,9 @@ def examine(prove: bool = True) -> Report:
         except ValueError as error:
             report.chosen[model] = None
             report.notes.append(f"{model}: {error}")
+    ask("linear layers")
     report.linears = linears(machine, request.proof)
+    show("done", len(asked), len(asked))
     report.flags = {
         setting.name: os.environ[setting.name] for setting in settings.TABLE if os.environ.get(setting.name)
     }
@@ -290,6 +304,7 @@ def run(args: argparse.Namespace) -> Outcome:
     """Its status is 0 if something can serve, 1 if not."""
     if args.forget:
         proof.forget()
-    report = examine(prove=not args.no_proof)
+    with progress("asking", quiet=args.json, unit="questions") as show:
+        report = examine(prove=not args.no_proof, show=show)
     said = [markdown(report)] if args.report else lines(report)
     return Outcome(said, asdict(report) | {"can_serve": report.can_serve}, 0 if report.can_serve else 1)

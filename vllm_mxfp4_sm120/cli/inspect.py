@@ -12,6 +12,7 @@ from vllm_mxfp4_sm120 import mxfp4
 from vllm_mxfp4_sm120.checkpoint import Sizes, published_config
 from vllm_mxfp4_sm120.checkpoint.survey import Survey, survey
 from vllm_mxfp4_sm120.cli.ending import Outcome, WrongArguments
+from vllm_mxfp4_sm120.cli.progress import progress
 from vllm_mxfp4_sm120.fit import GIB, LAYOUTS, MIB, Fit, Memory
 
 PUBLISHED = ("openai/gpt-oss-20b", "openai/gpt-oss-120b")
@@ -150,7 +151,8 @@ def run(args: argparse.Namespace) -> Outcome:
     if args.verify:
         from vllm_mxfp4_sm120.packing import verify
 
-        report.problems += verify(Path(args.model))
+        with progress("comparing", quiet=args.json) as show:
+            report.problems += verify(Path(args.model), show)
     return Outcome(lines(report), asdict(report), 1 if report.problems else 0)
 
 

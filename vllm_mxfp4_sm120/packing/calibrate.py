@@ -16,7 +16,7 @@ from vllm_mxfp4_sm120.checkpoint.config import SLIDING
 from vllm_mxfp4_sm120.checkpoint.names import EMBEDDING, layer_of
 from vllm_mxfp4_sm120.checkpoint.tensors import expert_prefix
 from vllm_mxfp4_sm120.moe import Activation, activate, topk_softmax
-from vllm_mxfp4_sm120.packing.draft import Progress
+from vllm_mxfp4_sm120.packing.manifest import Progress
 from vllm_mxfp4_sm120.packing.source import Source
 
 ROW, ROWS = 1024, 8  # tokens of a piece of the text, and how many pieces; each of 128 experts then sees 256 tokens

@@ -16,7 +16,7 @@ from torch import Tensor
 from vllm_mxfp4_sm120.checkpoint.headers import INDEX, read_json
 from vllm_mxfp4_sm120.checkpoint.write import save
 from vllm_mxfp4_sm120.drafts import alone, expect_new, naming
-from vllm_mxfp4_sm120.packing.manifest import sha256, write_sums
+from vllm_mxfp4_sm120.packing.manifest import Progress, sha256, write_sums
 
 SHARD_BYTES = 1 << 30
 STATE = "progress.json"
@@ -53,9 +53,6 @@ class Job:
     finish: Callable[[Path, list[dict[str, Any]]], None]
     beside_name: str = "beside-{}"
     shard_bytes: int = SHARD_BYTES
-
-
-Progress = Callable[[str, int, int], None]  # a unit's name, bytes done, bytes in all
 
 
 def write(directory: Path, job: Job, progress: Progress = lambda name, done, total: None) -> list[dict[str, Any]]:

@@ -5,10 +5,11 @@ from __future__ import annotations
 
 import hashlib
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
 SUMS = "SHA256SUMS"
+Progress = Callable[[str, int, int], None]  # what is being done, bytes done, bytes in all
 _LINE = re.compile(r"([0-9a-f]{64}) [ *]([^/\0]+)")
 
 
@@ -25,7 +26,7 @@ def write_sums(directory: Path, known: Mapping[str, str], leave_out: str = "") -
     (directory / SUMS).write_text("".join(lines), encoding="utf-8", errors="surrogateescape")
 
 
-def verify(directory: Path) -> list[str]:
+def verify(directory: Path, progress: Progress = lambda *_: None) -> list[str]:
     """What is wrong with the folder's files, one line each; nothing, if all are as their manifest says.
 
     Raises ValueError if there is no manifest, or if it can't be read.
@@ -33,14 +34,21 @@ def verify(directory: Path) -> list[str]:
     path = directory / SUMS
     if not path.is_file():
         raise ValueError(f"{path}: no such file, expected the manifest that `mxfp4-sm120 pack` writes")
-    wrong = []
+    wrong: list[str] = []
+    sums: dict[Path, str] = {}
     for number, line in enumerate(path.read_text(encoding="utf-8", errors="surrogateescape").splitlines(), 1):
         match = _LINE.fullmatch(line)
         if match is None:
             raise ValueError(f"{path}: line {number} is {line[:80]!r}, expected a SHA-256 and a file's name")
-        file = directory / match[2]
-        if not file.is_file():
+        sums[directory / match[2]] = match[1]
+    sizes = {file: file.stat().st_size for file in sums if file.is_file()}
+    done, total = 0, sum(sizes.values())
+    for file, expected in sums.items():
+        progress(file.name, done, total)
+        done += sizes.get(file, 0)
+        if file not in sizes:
             wrong.append(f"{file}: no such file, expected what {SUMS} lists; fetch it again")
-        elif (found := sha256(file)) != match[1]:
-            wrong.append(f"{file}: its SHA-256 is {found}, expected {match[1]}; fetch it again")
+        elif (found := sha256(file)) != expected:
+            wrong.append(f"{file}: its SHA-256 is {found}, expected {expected}; fetch it again")
+    progress("done", done, total)
     return wrong

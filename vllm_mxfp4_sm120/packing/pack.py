@@ -18,8 +18,9 @@ from vllm_mxfp4_sm120.checkpoint import Checkpoint, TensorInfo
 from vllm_mxfp4_sm120.checkpoint.names import layer_of
 from vllm_mxfp4_sm120.checkpoint.tensors import expert_prefix
 from vllm_mxfp4_sm120.packing import files
-from vllm_mxfp4_sm120.packing.draft import SHARD_BYTES, Job, Made, Progress, Unit, write
+from vllm_mxfp4_sm120.packing.draft import SHARD_BYTES, Job, Made, Unit, write
 from vllm_mxfp4_sm120.packing.encode import Error, encode
+from vllm_mxfp4_sm120.packing.manifest import Progress
 from vllm_mxfp4_sm120.packing.source import PROJECTIONS, Source
 
 BYTES = {"U8": 1, "BF16": 2}

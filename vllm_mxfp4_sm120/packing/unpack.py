@@ -14,7 +14,8 @@ from torch import Tensor
 from vllm_mxfp4_sm120 import __version__, mxfp4
 from vllm_mxfp4_sm120.checkpoint.tensors import expert_prefix
 from vllm_mxfp4_sm120.packing import files
-from vllm_mxfp4_sm120.packing.draft import SHARD_BYTES, Job, Made, Progress, Unit, write
+from vllm_mxfp4_sm120.packing.draft import SHARD_BYTES, Job, Made, Unit, write
+from vllm_mxfp4_sm120.packing.manifest import Progress
 from vllm_mxfp4_sm120.packing.pack import copied, rest_of
 from vllm_mxfp4_sm120.packing.source import KNOWN_SCALES, PROJECTIONS, Source
 
