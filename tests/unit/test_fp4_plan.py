@@ -255,7 +255,7 @@ def test_nothing_is_tuned_that_is_not_right(monkeypatch: pytest.MonkeyPatch, chi
 
 
 def test_doctor_says_which_and_shows_the_times(monkeypatch: pytest.MonkeyPatch, capsys, child: list) -> None:
-    monkeypatch.setattr(doctor, "examine", lambda prove: report)
+    monkeypatch.setattr(doctor, "examine", lambda **_: report)
     report = doctor.Report({"driver": "580.95.05"}, "RTX 5090 (sm_120)", library="120f-real", library_version="0123")
     report.fp4, report.weights = "120f-real", {"gpt-oss-20b": 1}
     child[0] = proof.Proof(None, found=FASTER | {"wrong": {"terms3_tokens64": WRONG}})
