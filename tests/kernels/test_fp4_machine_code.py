@@ -5,13 +5,15 @@ from __future__ import annotations
 
 import ast
 import re
+import runpy
+import shutil
 from pathlib import Path
 
 import fp4_slots
 import fp4_speed
 import pytest
 
-from tests.kernels.building import in_a_new_process
+from tests.kernels.building import KERNELS, in_a_new_process, run
 from tests.kernels.test_machine_code import FP4, MAX_SHARED_BYTES, all_resources, foreign, machine_code
 
 # (terms, most m16 tiles of a warp) by the table's order. A main loop for each number of m16 tiles has, for a step of 64
@@ -60,6 +62,28 @@ def test_no_spills_and_what_a_block_takes(library: Path):
     (text,) = machine_code(library, fp4=True).values()
     assert re.findall(r"\b(?:LDL|STL)\b.*", text) == []
     assert {name.split(".")[0] for name in foreign(text)} <= {"OMMA"}
+
+
+def test_cards_by_themselves(tmp_path: Path):
+    """As a compiler without families builds for them. One kernel: all of them take a quarter of a minute for each card.
+
+    For 120a nvcc 13.0 makes the same machine code as for 120f, of all of them.
+    """
+    if (nvcc := runpy.run_path(str(KERNELS / "setup.py"))["nvcc"]()) is None:
+        pytest.skip("nvcc isn't here to compile with")
+    sources = shutil.copytree(KERNELS / "csrc", tmp_path / "csrc")
+    layer = sources / "fp4" / "layer.cuh"
+    table = re.compile(r"(CONFIGS\[\] = \{).*?\};", re.DOTALL)
+    layer.write_text(table.sub(r"\1{4, 8, 128, 3, 1}};", layer.read_text(), count=1))
+    cards = [f"-gencode=arch=compute_{card},code=sm_{card}" for card in ("120a", "121a")]
+    options = ("-std=c++17", "-O3", "--expt-relaxed-constexpr", "--threads=2", *cards)
+    run(nvcc, *options, "-c", sources / "fp4" / "fp4_layer.cu", "-o", tmp_path / "fp4.o")
+    texts, used = machine_code(tmp_path / "fp4.o", fp4=True), all_resources(tmp_path / "fp4.o")
+    assert texts.keys() == {"sm_120a", "sm_121a"} == {card for card, _ in used}
+    assert all(not use["STACK"] and not use["LOCAL"] and use["REG"] <= 255 for use in used.values()), used
+    for text in texts.values():
+        assert text.count("OMMA.SF.16864.F32.E2M1.E2M1.E8") == sum(8 * 4 * tiles for tiles in (1, 2, 3, 4))
+        assert {name.split(".")[0] for name in foreign(text)} == {"OMMA"} and "HMMA" not in text
 
 
 def test_the_table_s_shared_memory(library: Path):
