@@ -83,23 +83,24 @@ def accumulators(matrix: Tensor) -> Tensor:
 
 @TWIN
 def test_every_operand_position_with_every_code(library: ctypes.CDLL, twin: bool):
-    """One element of A is a code, all others 0; B says by its value where it came from. And the other way round."""
+    """One operand has every code at every position in turn, the other picks a position for each output."""
     ones = torch.full((32, 4), 127, dtype=torch.uint8)
-    for k in range(64):
-        codes = torch.zeros(16, 64, dtype=torch.uint8)
-        codes[:, k] = torch.arange(16)  # each row another one
-        for kept, other in ((k, 2), ((k + 13) % 64, 0)):  # is met by B's 1 at the same k, by nothing elsewhere
-            b = torch.zeros(8, 64, dtype=torch.uint8)
-            b[:, kept] = 2
-            out = product(library, 0, twin, *operands(codes, b), ones, ones, torch.zeros(32, 4))
-            expected = values(torch.arange(16))[:, None] * (other > 0) * torch.ones(8)
-            assert torch.equal(out.double(), accumulators(expected)), k
-        b = torch.zeros(8, 64, dtype=torch.uint8)
-        b[:, k] = torch.arange(8) + 8 * (k % 2)  # each column another one
-        a = torch.zeros(16, 64, dtype=torch.uint8)
-        a[:, k] = 5
-        out = product(library, 0, twin, *operands(a, b), ones, ones, torch.zeros(32, 4))
-        assert torch.equal(out.double(), accumulators((3 * values(b[:, k])).expand(16, 8).contiguous())), k
+
+    def picks(rows: int, first: int) -> Tensor:
+        one = torch.zeros(rows, 64, dtype=torch.uint8)
+        one[torch.arange(rows), first + torch.arange(rows)] = 2
+        return one
+
+    def multiplied(a: Tensor, b: Tensor) -> Tensor:
+        return product(library, 0, twin, *operands(a, b), ones, ones, torch.zeros(32, 4)).double()
+
+    for shift in range(16):
+        a, b = ((torch.arange(rows)[:, None] + 5 * torch.arange(64) + shift).byte() % 16 for rows in (16, 8))
+        for first in range(0, 64, 8):
+            assert torch.equal(multiplied(a, picks(8, first)), accumulators(values(a[:, first : first + 8]))), first
+        for first in range(0, 64, 16):
+            expected = values(b[:, first : first + 16]).T.contiguous()
+            assert torch.equal(multiplied(picks(16, first), b), accumulators(expected)), first
 
 
 @TWIN
