@@ -18,11 +18,10 @@ from tests.kernels.emulated import Emulated, aligned
 from tests.kernels.emulated_fp4 import EmulatedFp4, fp4_configs
 from vllm_mxfp4_sm120 import selector
 from vllm_mxfp4_sm120.backends.native import Native, backend, fp4, library
-from vllm_mxfp4_sm120.bench import timing
 from vllm_mxfp4_sm120.fp4 import plan, trial
 from vllm_mxfp4_sm120.moe import Activation, MoEShape, reference, topk_softmax
 from vllm_mxfp4_sm120.platform import Machine
-from vllm_mxfp4_sm120.proof import problem
+from vllm_mxfp4_sm120.proof import problem, timing
 from vllm_mxfp4_sm120.proof.problem import random_inputs, random_weights, relative_error, scattered
 
 pytestmark = pytest.mark.skipif(shutil.which("g++") is None, reason="needs g++")

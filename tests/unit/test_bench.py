@@ -12,13 +12,14 @@ import pytest
 import torch
 
 from tests.docs.pages import ROOT
-from vllm_mxfp4_sm120.bench import dense, experts, limits, measure, models, plot, timing
+from vllm_mxfp4_sm120.bench import dense, experts, limits, measure, models, plot
 from vllm_mxfp4_sm120.bench.limits import Rates
 from vllm_mxfp4_sm120.bench.table import Table, from_data
 from vllm_mxfp4_sm120.cli import bench
 from vllm_mxfp4_sm120.cli.__main__ import main
 from vllm_mxfp4_sm120.drafts import draft_of
 from vllm_mxfp4_sm120.platform import Machine
+from vllm_mxfp4_sm120.proof import timing
 
 pytestmark = [
     pytest.mark.usefixtures("one_thread"),

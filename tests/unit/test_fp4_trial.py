@@ -12,10 +12,10 @@ import pytest
 from vllm_mxfp4_sm120 import proof
 from vllm_mxfp4_sm120.backends.native import fp4, library
 from vllm_mxfp4_sm120.backends.tiled import Tiled
-from vllm_mxfp4_sm120.bench import timing
 from vllm_mxfp4_sm120.fp4 import plan, trial
 from vllm_mxfp4_sm120.fp4.plan import BF16
 from vllm_mxfp4_sm120.moe import MoEShape
+from vllm_mxfp4_sm120.proof import timing
 
 TABLE = tuple(
     fp4.Configuration(f"terms{terms}_tokens{tokens}", terms, tokens, 128, 1024)

@@ -96,7 +96,7 @@ def test_nothing_that_serves_imports_the_tools() -> None:
     assert [module for module in serving if {"bench", "cli", "packing", "tune"} & set(module.split("."))] == []
     tools = re.compile(r"^\s*(?:import|from) (?:rich|matplotlib)\b", re.MULTILINE)
     assert [module for module in serving if tools.search(SOURCES[module].read_text())] == []
-    assert f"{PACKAGE}.bench.timing" in reached(f"{PACKAGE}.cli.bench")
+    assert f"{PACKAGE}.bench.measure" in reached(f"{PACKAGE}.cli.bench")
 
 
 def lengths(text: str) -> Iterator[tuple[str, int]]:

@@ -18,10 +18,11 @@ from vllm_mxfp4_sm120.backends.native import library
 from vllm_mxfp4_sm120.backends.native import tuning as native_tuning
 from vllm_mxfp4_sm120.backends.tiled import Tiled
 from vllm_mxfp4_sm120.backends.tuning import Bound, Family
-from vllm_mxfp4_sm120.bench import measure, models, timing
+from vllm_mxfp4_sm120.bench import measure, models
 from vllm_mxfp4_sm120.cli import tune
 from vllm_mxfp4_sm120.cli.__main__ import main
 from vllm_mxfp4_sm120.platform import Machine
+from vllm_mxfp4_sm120.proof import timing
 from vllm_mxfp4_sm120.tune import gpu
 from vllm_mxfp4_sm120.tune.decide import serving
 from vllm_mxfp4_sm120.tune.session import Job, Timed

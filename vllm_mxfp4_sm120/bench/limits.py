@@ -7,8 +7,8 @@ from dataclasses import dataclass
 
 import torch
 
-from vllm_mxfp4_sm120.bench import timing
 from vllm_mxfp4_sm120.moe import MoEShape
+from vllm_mxfp4_sm120.proof import timing
 
 # Larger than any cache: two layers of gpt-oss-20b on a GPU, a third of one on a CPU.
 BUFFER_BYTES = {"cuda": 1 << 30, "cpu": 1 << 27}

@@ -10,11 +10,12 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from vllm_mxfp4_sm120.bench import dense, experts, timing
+from vllm_mxfp4_sm120.bench import dense, experts
 from vllm_mxfp4_sm120.bench.limits import Rates
 from vllm_mxfp4_sm120.bench.models import Inputs, Judge, Model, dense_copies, random_weights, sample_of
 from vllm_mxfp4_sm120.bench.table import LIMIT, Table
 from vllm_mxfp4_sm120.platform import Machine
+from vllm_mxfp4_sm120.proof import timing
 
 Show = Callable[[str, int, int], None]
 FEW_TOKENS = 64  # up to so many calls are short (timing.GRAPH_CALLS)

@@ -12,12 +12,12 @@ import torch
 from torch import Tensor
 
 from vllm_mxfp4_sm120.backends.native import library
-from vllm_mxfp4_sm120.bench import timing
 from vllm_mxfp4_sm120.dense import native
 from vllm_mxfp4_sm120.dense.int8 import Int8Weights
 from vllm_mxfp4_sm120.dense.linear import LinearShape, torchs_linear
 from vllm_mxfp4_sm120.dense.native import DenseConfiguration
 from vllm_mxfp4_sm120.dense.plan import Timing
+from vllm_mxfp4_sm120.proof import timing
 from vllm_mxfp4_sm120.proof.problem import LARGE_TOKEN, TINY_TOKEN, Proof, relative_error
 
 # Less than each kernel takes at once, all of that, and more.

@@ -11,11 +11,11 @@ from typing import Any
 import torch
 
 from vllm_mxfp4_sm120.backends.native import Native, fp4, library
-from vllm_mxfp4_sm120.bench import timing
 from vllm_mxfp4_sm120.bench.models import Inputs, random_weights
 from vllm_mxfp4_sm120.fp4.plan import BF16, TERMS, only
 from vllm_mxfp4_sm120.memory import packed_bytes
 from vllm_mxfp4_sm120.moe import MoEShape
+from vllm_mxfp4_sm120.proof import timing
 from vllm_mxfp4_sm120.proof.problem import Problem, Proof, relative_error, scattered, shape_of
 
 # Below, an expert of gpt-oss-20b has less than 8 tokens on average, and weights take the time, which are the same

@@ -16,12 +16,12 @@ from vllm_mxfp4_sm120.backends.native import Native, library
 from vllm_mxfp4_sm120.backends.native import tuning as native_tuning
 from vllm_mxfp4_sm120.backends.triton import Tiles, Triton
 from vllm_mxfp4_sm120.backends.tuning import Bound, Family, Rule, choose
-from vllm_mxfp4_sm120.bench import timing
 from vllm_mxfp4_sm120.bench.experts import TOLERANCE
 from vllm_mxfp4_sm120.bench.measure import checked, expect_cuda_alive, one_line, walks_of
 from vllm_mxfp4_sm120.bench.models import Inputs, Judge, Model, model, random_weights
 from vllm_mxfp4_sm120.fp4 import plan
 from vllm_mxfp4_sm120.platform import Machine
+from vllm_mxfp4_sm120.proof import timing
 from vllm_mxfp4_sm120.tune.session import ROUNDS, Job, Timed
 from vllm_mxfp4_sm120.tune.sizes import Size, around, grid
 
