@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import ctypes
+import faulthandler
 import os
 import shutil
 from collections.abc import Callable
@@ -122,6 +123,7 @@ def is_wrong(library: ctypes.CDLL, mutation: Mutation | None, folder: str) -> bo
     """In a child, for the emulator ends the process where all threads wait for each other."""
     child = os.fork()
     if child == 0:
+        faulthandler.disable()  # it would print where, as of a crash: to pytest's own copy of stderr
         os.dup2(os.open(os.devnull, os.O_WRONLY), 2)
         switch_on(library, mutation)
         os._exit(CHECKS[folder](library))
