@@ -42,13 +42,18 @@ def _fp4_here() -> None:
 
 
 @cache
+def prepared_of(shape: MoEShape) -> dict[str, Tensor]:
+    """Random weights as the kernels take them."""
+    return Native(shape).prepare(random_weights(shape, "cuda").clone())
+
+
+@cache
 def problem(shape: MoEShape, tokens: int) -> tuple[dict[str, Tensor], Tensor, Tensor, Tensor]:
     """Weights prepared, x, topk_ids and topk_weights, on the GPU."""
     generator = torch.Generator().manual_seed(0)
     x = torch.randn(tokens, shape.hidden_size, generator=generator).bfloat16()
     ids, gates = topk_softmax(torch.randn(tokens, shape.num_experts, generator=generator), shape.top_k)
-    prepared = Native(shape).prepare(random_weights(shape, "cuda").clone())
-    return prepared, x.cuda(), ids.int().contiguous().cuda(), gates.contiguous().cuda()
+    return prepared_of(shape), x.cuda(), ids.int().contiguous().cuda(), gates.contiguous().cuda()
 
 
 @cache
@@ -105,7 +110,7 @@ def test_a_rank_s_experts_of_which_most_tokens_choose_one(config: int):
 def test_bad_rows_stay_alone(config: int):
     """As in the emulator: NaN and infinity make their token NaN and no other, whatever the others hold."""
     shape = MoEShape(4, 4, 96, 96, 2)
-    prepared = Native(shape).prepare(random_weights(shape, "cuda").clone())
+    prepared = prepared_of(shape)
     x, logits = adversarial(40, 96).cuda(), torch.randn(40, 4, generator=torch.Generator().manual_seed(0)).cuda()
     layer, others = forced(shape, config), torch.ones(40, dtype=torch.bool, device="cuda")
     others[BAD] = others[OVERFLOWS] = False
@@ -181,7 +186,7 @@ def test_a_plan_in_cuda_graphs():
     four = plan.Plan(None, 4, ((255, plan.BF16), (math.inf, "terms4_tokens128")))
     layer = selector.Choice(Native, "default", Machine.here(), activations=four).layer(GPT_OSS)
     number = [config.name for config in fp4.configurations()].index("terms4_tokens128")
-    prepared = Native(GPT_OSS).prepare(random_weights(GPT_OSS, "cuda").clone())
+    prepared = prepared_of(GPT_OSS)
     for tokens, other in ((255, forced(GPT_OSS, number)), (256, Native(GPT_OSS)), (700, Native(GPT_OSS))):
         x = torch.randn(tokens, GPT_OSS.hidden_size, device="cuda").bfloat16()
         logits = torch.randn(tokens, GPT_OSS.num_experts, device="cuda").bfloat16()
