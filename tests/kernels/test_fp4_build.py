@@ -6,6 +6,7 @@ from __future__ import annotations
 import json
 import re
 import runpy
+import shutil
 import sys
 from pathlib import Path
 
@@ -80,16 +81,17 @@ def fp4_architectures(nvcc: Path, cards: str) -> str:
 
 
 def test_a_compiler_that_is_too_old_builds_all_else(tmp_path: Path):
-    """What CMake compiles then: no FP4 kernel, and in their place a table of none."""
+    """What CMake compiles then: no FP4 kernel, and in their place a table of none; in a folder of any name."""
     real = runpy.run_path(str(KERNELS / "setup.py"))["nvcc"]()
     if real is None:
         pytest.skip("nvcc isn't here to compile with")
     nvcc = compiler(tmp_path, "12.6", real)
-    configure = ("cmake", "-S", KERNELS, "-B", tmp_path / "build", f"-DPython3_EXECUTABLE={sys.executable}")
+    kernels = shutil.copytree(KERNELS, tmp_path / "fp4" / "kernels", ignore=shutil.ignore_patterns("build"))
+    configure = ("cmake", "-S", kernels, "-B", tmp_path / "build", f"-DPython3_EXECUTABLE={sys.executable}")
     run(*configure, "-DCMAKE_EXPORT_COMPILE_COMMANDS=ON", CUDACXX=str(nvcc), TORCH_CUDA_ARCH_LIST="9.0 12.0")
     commands = json.loads((tmp_path / "build" / "compile_commands.json").read_text())
     compiled = {
-        Path(command["file"]).relative_to(KERNELS / "csrc").as_posix(): command["command"] for command in commands
+        Path(command["file"]).relative_to(kernels / "csrc").as_posix(): command["command"] for command in commands
     }
     assert {name for name in compiled if name.startswith("fp4/")} == {"fp4/ops.cpp", "fp4/none.cpp"}
     cards = set(re.findall(r"code=\[(\w+)\]", compiled["grouped/grouped_gemms.cu"]))
