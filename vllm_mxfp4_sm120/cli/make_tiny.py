@@ -33,7 +33,7 @@ EXAMPLES = """examples:
   mxfp4-sm120 make-tiny ./tiny
   mxfp4-sm120 make-tiny ./like-20b --like openai/gpt-oss-20b --layers 2
 
-Its weights are random: it answers always the same, and never anything that makes sense.
+Its weights are random: its answers are always the same, and never make sense.
 """
 # Keys that are written, though transformers would fill them in where they are missing.
 WRITTEN = ("num_key_value_heads", "head_dim", "bos_token_id", "eos_token_id", "pad_token_id")
