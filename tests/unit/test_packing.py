@@ -337,11 +337,14 @@ def test_the_command_says_what_it_did(
     assert main(["pack", str(tuned), str(tmp_path / "packed"), "--search", "--json"]) == 0
     report = json.loads(capsys.readouterr().out)
     assert len(report["projections"]) == 4 and report["directory"] == str(tmp_path / "packed")
+    assert report["tokenizer"]
     assert main(["unpack", str(tmp_path / "packed"), str(tmp_path / "bf16")]) == 0
     assert "wrote" in capsys.readouterr().out
+    (tuned / "tokenizer.json").unlink()
     assert main(["pack", str(tuned), str(tmp_path / "again")]) == 0
     out, err = capsys.readouterr()
     assert "gate_up_proj" in out and "dB" in out and "GB" in err
+    assert "no tokenizer was beside the weights: copy the base model's" in out
     assert main(["pack", str(tuned), str(tmp_path / "other"), "--device", "nowhere"]) == 2
     assert "--device nowhere" in capsys.readouterr().err
     monkeypatch.setattr(packing, "pack", lambda *_: (_ for _ in ()).throw(packing.Stopped("stopped; it goes on")))

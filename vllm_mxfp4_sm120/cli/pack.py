@@ -109,4 +109,6 @@ def lines(report: Report) -> Iterator[str]:
         error = "packed already" if rms is None else f"{rms:12.4f}" if rms else "       exact"
         yield f"{each.layer:5}  {each.projection:12}  {error}" + (f"  {decibels:5.1f} dB" if decibels else "")
     yield from (f"left out: {name}, which GPT-OSS has no place for" for name in report.left_out)
+    if not report.tokenizer:
+        yield "no tokenizer was beside the weights: copy the base model's tokenizer files into the folder"
     yield f"wrote {report.directory}"

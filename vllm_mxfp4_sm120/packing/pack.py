@@ -55,11 +55,12 @@ class ProjectionError:
 
 @dataclass(frozen=True)
 class Report:
-    """`left_out` are tensors of the source that GPT-OSS has no place for."""
+    """`left_out` are tensors of the source that GPT-OSS has no place for; `tokenizer` is whether there was one."""
 
     directory: str
     projections: list[ProjectionError]
     left_out: list[str]
+    tokenizer: bool
 
 
 def pack(
@@ -88,7 +89,8 @@ def pack(
     what["shard_bytes"] = options.shard_bytes
     job = Job(list(_units(source, options)), what, finish, shard_bytes=options.shard_bytes)
     reports = write(directory, job, progress)
-    return Report(str(directory), [ProjectionError(**report) for report in reports], source.left_out)
+    projections = [ProjectionError(**report) for report in reports]
+    return Report(str(directory), projections, source.left_out, any(directory.glob("tokenizer*")))
 
 
 def _units(source: Source, options: Options) -> Iterator[Unit]:
