@@ -47,7 +47,9 @@ def test_vllm_takes_it(file: Path) -> None:
 
 @pytest.mark.parametrize("file", PUBLISHED, ids=lambda file: file.stem)
 def test_it_fits(file: Path) -> None:
-    settings = yaml.safe_load(file.read_text())
+    """And as many requests as it says do."""
+    text = file.read_text()
+    settings = yaml.safe_load(text)
     memory, (name, ranks) = Memory(published_config(settings["model"])), card_of(file)
     assert settings["quantization"] == "mxfp4_sm120"
     assert settings.get("tensor-parallel-size", 1) == ranks
@@ -61,8 +63,15 @@ def test_it_fits(file: Path) -> None:
     if name == "cpu":
         cache = settings["kv-cache-memory-bytes"]
         assert cache >= one and weights + working + cache < 0.85 * CPU[file.name]
-    else:
-        assert weights + working + one < taken(card, settings.get("gpu-memory-utilization", UTILIZATION))
+        return
+    left = taken(card, settings.get("gpu-memory-utilization", UTILIZATION)) - weights - working
+    assert one < left
+    said = re.search(r"holds (\d+) requests? of (\d+) tokens at once(?:, or (\d+) of (\d+))?", text)
+    assert said is not None
+    for count, tokens in (said.group(1, 2), said.group(3, 4)):
+        if count is not None:
+            each = memory.cache_of_request(int(tokens), batched, tensor_parallel=ranks)
+            assert int(count) == left // each, (count, left / each)
 
 
 def taken(card: Card, utilization: float) -> float:
