@@ -6,6 +6,7 @@ The options can't stand in tests/: before pytest knows --replay, it takes the FI
 
 from __future__ import annotations
 
+import gc
 import os
 from collections.abc import Iterator
 from pathlib import Path
@@ -13,6 +14,9 @@ from pathlib import Path
 import pytest
 import torch
 from hypothesis import HealthCheck, settings
+
+# What all tests import is a million objects and stays. Looking through them takes half a second each time.
+gc.disable()
 
 # The same examples in every run, however slow the machine: what fails, a change broke. --hypothesis-profile=default
 # searches for others.
@@ -61,6 +65,10 @@ def pytest_configure(config: pytest.Config) -> None:
         os.environ |= {"OMP_NUM_THREADS": f"{threads}", "VLLM_CPU_OMP_THREADS_BIND": "nobind"}
 
 
+def pytest_unconfigure() -> None:
+    gc.unfreeze()  # what Triton leaves uncollected at its process's end, it reports as a leak
+
+
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     """With --replay, nothing but that; the marker of slow tests; side by side, the slow files first."""
     replay = config.getoption("--replay") is not None
@@ -68,5 +76,7 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
     for item in items:
         if item.nodeid.startswith(SLOW):
             item.add_marker(pytest.mark.slow)
+    gc.freeze()
+    gc.enable()
     if hasattr(config, "workerinput"):
         items.sort(key=lambda item: item.get_closest_marker("slow") is None)

@@ -6,6 +6,7 @@
 
 from __future__ import annotations
 
+import atexit
 import gc
 import json
 import multiprocessing
@@ -16,13 +17,14 @@ import signal
 import socket
 import subprocess
 import sys
+import traceback
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import asdict, dataclass
 from functools import cache
 from importlib import import_module
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 ROOT = Path(__file__).parents[2]
 # What an engine on a CPU imports as it starts. A vLLM that lacks one imports others then.
@@ -87,6 +89,7 @@ def warm() -> socket.socket:
 
 
 def main(channel: socket.socket) -> None:
+    gc.disable()
     for module in MODULES:
         with suppress(ImportError):
             import_module(module)
@@ -99,7 +102,6 @@ def main(channel: socket.socket) -> None:
         if os.fork() == 0:
             channel.close()
             watch(Request(**json.loads(message)), *descriptors)
-            return
         for descriptor in descriptors:
             os.close(descriptor)
 
@@ -111,9 +113,10 @@ def collect_no_more() -> None:
     """
     gc.freeze()
     gc.unfreeze = lambda: None
+    gc.enable()
 
 
-def watch(request: Request, hold: int, output: int) -> None:
+def watch(request: Request, hold: int, output: int) -> NoReturn:
     """Fork once more, and end that process with all that it started, once it has ended or nobody waits for it."""
     os.setsid()
     signal.signal(signal.SIGCHLD, signal.SIG_DFL)
@@ -121,14 +124,15 @@ def watch(request: Request, hold: int, output: int) -> None:
     if child == 0:
         os.close(hold)
         become(request, output)
-        return
     ended = os.pidfd_open(child)
     if ended in select.select([ended, hold], [], [])[0]:
         os.write(hold, str(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])).encode())
     os.killpg(0, signal.SIGKILL)
+    raise AssertionError("unreachable")
 
 
-def become(request: Request, output: int) -> None:
+def become(request: Request, output: int) -> NoReturn:
+    """Run the module. Python's own end takes a second, for thousands of modules."""
     for stream in (1, 2):
         os.dup2(output, stream)
     os.environ.clear()
@@ -138,7 +142,16 @@ def become(request: Request, output: int) -> None:
     if request.fork:
         fork_what_is_spawned()
     sys.argv = [request.module, *request.arguments]
-    runpy.run_module(request.module, run_name="__main__", alter_sys=True)
+    status = 0
+    try:
+        runpy.run_module(request.module, run_name="__main__", alter_sys=True)
+    except BaseException:
+        traceback.print_exc()
+        status = 1
+    atexit._run_exitfuncs()
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(status)
 
 
 def fork_what_is_spawned() -> None:
