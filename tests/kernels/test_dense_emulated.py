@@ -20,7 +20,7 @@ pytestmark = pytest.mark.skipif(shutil.which("g++") is None, reason="needs g++")
 STREAMING = ("bf16_rows24_tokens16", "bf16_rows40_tokens16", "bf16_rows24_tokens32", "bf16_rows40_tokens32")
 STREAMING += ("int8_rows40_tokens8", "int8_rows24_tokens16", "int8_rows40_tokens16", "int8_rows64_tokens16")
 STREAMING += ("int8_rows24_tokens32", "int8_rows40_tokens32")
-TILED = ("int8_128x64", "int8_128x128")
+TILED = ("int8_128x64",)
 CONFIGS = dict(enumerate(STREAMING + TILED))
 EACH = pytest.mark.parametrize("config", CONFIGS, ids=list(CONFIGS.values()))
 # Against float64 on the weights as given: of BF16 the output's rounding; INT8's own error is some 0.5 %.
@@ -63,8 +63,7 @@ def test_the_table(library: ctypes.CDLL):
         (True, 9, "int8_rows24_tokens16"),
         (True, 32, "int8_rows24_tokens32"),
         (True, 33, "int8_128x64"),
-        (True, 65, "int8_128x128"),
-        (True, 256, "int8_128x128"),
+        (True, 256, "int8_128x64"),
     ):
         assert library.dense_chosen(int8, tokens).decode() == first_fit
 

@@ -107,8 +107,8 @@ MUTATIONS = (
     Mutation(
         "a linear layer's copies not waited for",
         "dense/tiled.cu",
-        "cp_async_wait<T::STAGES - 2>();",
-        "cp_async_wait<T::STAGES - 1>();",
+        "cp_async_wait<STAGES - 2>();",
+        "cp_async_wait<STAGES - 1>();",
         DENSE,
     ),
     Mutation("the first scale for both halves of a step", "dense/tiled.cu", "pair >> 16", "pair", DENSE),

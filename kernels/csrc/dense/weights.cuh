@@ -85,9 +85,13 @@ struct Bf16 {
   };
 };
 
+// Where a half of a row's INT8 codes begins in a stage; the other is 32 bytes further or before: they change places in
+// rows 2, 3, 6, 7, so that a half warp that reads a half of four rows reads from all banks.
+__device__ __forceinline__ uint32_t half_of_row(int row, int half) { return row * STEP + (half ^ row / 2 % 2) * HALF; }
+
 // INT8 with a bf16 scale for each 32 along K: 8.5 bits a weight. A stage is
 //
-//      codes     [tile][row][64 bytes], whose halves change places in rows 2, 3, 6, 7: a half warp reads from all banks
+//      codes     [tile][row][64 bytes]
 //      scales    [tile][row][of the first and of the second half]
 template <int TILES>
 struct Int8 {
@@ -95,10 +99,6 @@ struct Int8 {
   static constexpr int BYTES = 1, SCALES = TILES * 512, STAGE_BYTES = (SCALES + TILES * 32 + 63) / 64 * 64;
   static constexpr float OF_SUMS = OF_WHOLE;
 
-  // Where in a tile a row's half begins; the other half is 32 bytes further or before.
-  __device__ __forceinline__ static uint32_t half_of_row(int g, int half) {
-    return g * STEP + (half ^ g / 2 % 2) * HALF;
-  }
   // The warp copies all; a lane 16 bytes of its row, and of each row one lane the scales.
   __device__ __forceinline__ static void copy(uint32_t stage, int n, const uint8_t* at, const uint16_t* scale,
                                               bool exists) {
