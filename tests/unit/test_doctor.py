@@ -62,7 +62,7 @@ def test_on_a_5090(monkeypatch, capsys):
     printed = capsys.readouterr().out.splitlines()
     assert "GPU 0  RTX 5090  sm_120  32 GiB, 20.0 free" in printed
     assert f"flashinfer_trtllm       no: {NO_SM120}" in printed
-    assert f"flashinfer_trtllm_mxfp8 no: {NO_SM120} (only if asked for)" in printed
+    assert f"flashinfer_trtllm_mxfp8 no: {NO_SM120}" in printed
     assert "native                  no: its process died (killed by SIGSEGV): it said nothing" in printed
     assert "triton                  ready, proven" in printed
     assert "gpt-oss-20b             triton" in printed and "gpt-oss-120b            triton" in printed

@@ -235,7 +235,8 @@ def lines(report: Report) -> Iterator[str]:
             state = f"no: {backend.why_not}"
         else:
             state = {None: "ready, not proven", "right": "ready, proven"}.get(backend.proof, f"no: {backend.proof}")
-        yield f"{backend.name:24}{state}{'' if backend.automatic else ' (only if asked for)'}"
+        asked = "" if backend.automatic or backend.why_not is not None else " (only if asked for)"
+        yield f"{backend.name:24}{state}{asked}"
     yield ""
     for model, name in report.chosen.items():
         yield f"{model:24}{name or 'none: see below'}"
