@@ -126,7 +126,7 @@ MUTATIONS = (
     Mutation(
         "the index isn't compared",
         "headers",
-        "if name not in tensors or",
+        "if file not in unread and",
         "if False and",
         f"{FILES}[index-with-a-tensor-that-no-shard-holds]",
     ),
