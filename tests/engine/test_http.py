@@ -1,17 +1,19 @@
 # SPDX-License-Identifier: Apache-2.0
-"""`vllm serve` through this plugin, asked over HTTP: by one client, and by many at once."""
+"""`vllm serve` through this plugin, asked over HTTP: by one client, by many at once, and while its engine is killed."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
+from contextlib import ExitStack
 from pathlib import Path
 
+import psutil
 import pytest
 
 from benchmarks import load
 from tests.engine.conftest import ENV, MAX_TOKENS, TOLERANCE, Answers
 from vllm_mxfp4_sm120 import config_path
-from vllm_mxfp4_sm120.cli.server import Server
+from vllm_mxfp4_sm120.cli.server import Server, check_port
 from vllm_mxfp4_sm120.selector import Choice
 
 
@@ -41,3 +43,16 @@ def test_under_load_each_answer_is_the_one_alone(server: Server, tiny_config: di
     print(outcome)  # pytest -rP shows it
     assert (outcome.finished, outcome.given_up, outcome.other_tokens) == (40, 20, 0)
     assert outcome.worst < load.TOLERANCE
+
+
+def test_a_killed_engine_leaves_nothing_and_a_restart_serves(server: Server, tiny: Path, tmp_path: Path) -> None:
+    """The last test: it ends the server that all share."""
+    task = load.Task((5, 6, 7), 8)
+    answer, before = load.ask(server, task), load.family(server)
+    assert "answer" not in load.kill_engine(server, load.Task((5,) * 100, 400))
+    server.__exit__(None, None, None)
+    assert not psutil.wait_procs(before, 10)[1]
+    assert server.port is not None
+    check_port("127.0.0.1", server.port)
+    with ExitStack() as stack:
+        assert load.ask(load.start(stack, str(tiny), tmp_path, server.port), task).tokens == answer.tokens
