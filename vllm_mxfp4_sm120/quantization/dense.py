@@ -93,6 +93,10 @@ class Int8Method(QuantizeMethodBase):
         weight = layer.weight
         encoded = getattr(weight, "encoded", None)  # by the other of two tied tables, which hold one parameter
         if encoded is None:
+            if weight.is_cuda:
+                # Or the codes would take part of a block that another layer's BF16 weight has left, and the allocator
+                # keep the rest of it: half a GiB between lm_head and the embedding.
+                torch.cuda.empty_cache()
             encoded = weight.encoded = Int8Weights.quantize(weight.data)
             self.report.add(layer.prefix or "the embedding", weight.data, encoded)  # which vLLM gives no name
         self.report.one_done()
