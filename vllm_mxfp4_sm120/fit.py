@@ -13,7 +13,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from vllm_mxfp4_sm120.checkpoint.config import AttentionSizes, Sizes
+from vllm_mxfp4_sm120.checkpoint.config import AttentionSizes, Sizes, longest_context, window
 from vllm_mxfp4_sm120.mxfp4 import BLOCK
 
 MIB, GIB = 1 << 20, 1 << 30
@@ -116,8 +116,9 @@ class Memory:
 
     def __init__(self, config: Mapping[str, Any], source: str = "config.json") -> None:
         self.sizes, self.attention = Sizes.from_config(config, source), AttentionSizes.from_config(config, source)
-        self.window: int | None = config.get("sliding_window", 128)
-        longest: int = config.get("max_position_embeddings", 131072)
+        # Null is the default: vLLM's own checks of a request's length then stand alone.
+        given = {key: value for key, value in config.items() if value is not None}
+        self.window, longest = window(config, source), longest_context(given, source)
         self.contexts = sorted({min(context, longest) for context in CONTEXTS})
 
     def experts(self, layout: Layout = OURS, tensor_parallel: int = 1) -> int:

@@ -198,6 +198,21 @@ def test_what_is_no_gpt_oss_is_one_line(name: str, make, line: str, tmp_path: Pa
         assert line in said
 
 
+@pytest.mark.parametrize("value", [None, "128", [], 0, 1 << 70, True])
+@pytest.mark.parametrize("key", ["max_position_embeddings", "sliding_window", "quantization_config", "vocab_size"])
+def test_nonsense_in_config_json_is_named(key: str, value: object, model: Path, tmp_path: Path, capsys) -> None:
+    change_config(model, **{key: value})
+    right = value is None and key in ("sliding_window", "max_position_embeddings")
+    said = []
+    for command in (["inspect", str(model)], ["pack", str(model), str(tmp_path / "packed")]):
+        # `pack` wants no quantization_config, and writes its own.
+        good = right or (command[0] == "pack" and key == "quantization_config" and value is None)
+        assert main(command) == (0 if good else 1)
+        out, err = capsys.readouterr()
+        said.append(out + err)
+    assert right or key in said[0]
+
+
 def test_no_network_and_no_model(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

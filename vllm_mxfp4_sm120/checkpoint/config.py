@@ -98,12 +98,7 @@ class Packing:
         What is absent is as published. Raises ValueError, naming `source`, for a checkpoint that is not MXFP4 and for
         a group size or layout that is not served.
         """
-        if not isinstance(quantization_config, Mapping | None):
-            raise ValueError(
-                f"{source}: quantization_config is {shown(quantization_config)}, expected an object such as "
-                '{"quant_method": "mxfp4"}; mend the file'
-            )
-        config = quantization_config or {}
+        config = quantization(quantization_config, source)
         method = config.get("quant_method")
         if method not in QUANT_METHODS:
             raise ValueError(
@@ -124,6 +119,24 @@ class Packing:
                 f"if the file is wrong, set {settings.PACK_LAYOUT.name}={PACK_LAYOUT}"
             )
         return cls()
+
+
+def quantization(value: Any, source: str = "config.json") -> Mapping[str, Any]:
+    """config.json's quantization_config, empty where there is none. Raises ValueError, naming `source`."""
+    if not isinstance(value, Mapping | None):
+        raise ValueError(
+            f"{source}: quantization_config is {shown(value)}, expected an object such as "
+            '{"quant_method": "mxfp4"}; mend the file'
+        )
+    return value or {}
+
+
+def undeclared(source: str) -> ValueError:
+    """What is wrong with a config.json that says nothing of experts that are packed."""
+    return ValueError(
+        f"{source}: quantization_config is missing, although the experts are packed; "
+        'add "quantization_config": {"quant_method": "mxfp4"}'
+    )
 
 
 @lru_cache
@@ -148,6 +161,18 @@ def _size(config: Mapping[str, Any], key: str, source: str, multiple: int = 1, m
         kind += f" up to {most}" if type(value) is int and value > most else ""
         raise ValueError(f"{source}: {key} is {shown(value)}, expected {kind}; the file is damaged")
     return value
+
+
+def longest_context(config: Mapping[str, Any], source: str) -> int:
+    """Tokens of the longest request. Raises ValueError."""
+    return _size({"max_position_embeddings": 131072, **config}, "max_position_embeddings", source)
+
+
+def window(config: Mapping[str, Any], source: str) -> int | None:
+    """Tokens that every second layer's attention sees; None for all. Raises ValueError."""
+    if config.get("sliding_window", 128) is None:
+        return None
+    return _size({"sliding_window": 128, **config}, "sliding_window", source)  # GptOssConfig's default
 
 
 @dataclass(frozen=True)
@@ -258,9 +283,7 @@ def check_config(config: Mapping[str, Any], source: str = "config.json") -> Pack
 
 
 def _check_windows(config: Mapping[str, Any], layers: int, source: str) -> None:
-    window = config.get("sliding_window", 128)  # GptOssConfig's default
-    if window is not None:
-        _size({"sliding_window": window}, "sliding_window", source)
+    seen = window(config, source)
     served = [SLIDING if layer % 2 == 0 else FULL for layer in range(layers)]
     types = config.get("layer_types")
     types = served if types is None else types
@@ -270,7 +293,7 @@ def _check_windows(config: Mapping[str, Any], layers: int, source: str) -> None:
             f"{source}: layer_types is {shown(types)}, expected {layers} times {SLIDING!r} or {FULL!r}, one a layer"
         )
     for layer, (kind, expected) in enumerate(zip(types, served, strict=False)):
-        if kind != expected and window is not None:
+        if kind != expected and seen is not None:
             raise ValueError(
                 f"{source}: layer_types has {kind!r} for layer {layer}, expected {expected!r}; "
                 "vLLM's gpt_oss.py gives the window to even layers only"
@@ -281,8 +304,10 @@ def _check_rope(config: Mapping[str, Any], source: str) -> None:
     """That vLLM's YaRN is transformers'. vLLM's gpt_oss.py hands on no attention_factor, mscale or partial factor."""
     # As transformers reads it: rope_scaling goes before rope_parameters, rope_theta may lie beside either.
     rope = config.get("rope_scaling") or config.get("rope_parameters")
-    if rope is None:
-        return  # GptOssConfig's own, the published one
+    if rope is None:  # GptOssConfig's own, the published one
+        if config.get("max_position_embeddings") is not None:
+            longest_context(config, source)
+        return
     if not isinstance(rope, Mapping):
         raise ValueError(f"{source}: rope_scaling is {shown(rope)}, expected an object with rope_type 'yarn'")
     beside = {key: config[key] for key in ("rope_theta", "partial_rotary_factor") if config.get(key) is not None}
@@ -314,7 +339,7 @@ def _check_rope(config: Mapping[str, Any], source: str) -> None:
     if rope.get("mscale") and rope.get("mscale_all_dim"):
         raise refuse("mscale", "none: vLLM's gpt_oss.py doesn't hand it on")
     reach = rope["factor"] * rope["original_max_position_embeddings"]
-    longest = _size({"max_position_embeddings": 131072, **config}, "max_position_embeddings", source)
+    longest = longest_context(config, source)
     if longest > reach:
         raise ValueError(
             f"{source}: max_position_embeddings is {longest}, expected at most {reach:.0f}, rope factor times "

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from vllm_mxfp4_sm120.checkpoint.config import Sizes, check_config
+from vllm_mxfp4_sm120.checkpoint.config import Sizes, check_config, undeclared
 from vllm_mxfp4_sm120.checkpoint.headers import open_shard, read_headers, read_json
 from vllm_mxfp4_sm120.checkpoint.names import EMBEDDING, LM_HEAD, canonical_name, layer_of, plain, refuse_foreign
 from vllm_mxfp4_sm120.checkpoint.tensors import (
@@ -54,10 +54,7 @@ class Checkpoint:
         required = required_tensors(config, source)
         self.tensors = self._published(headers, required)
         if config.get("quantization_config") is None and f"{expert_prefix(0, 'down_proj')}_blocks" in self.tensors:
-            raise ValueError(
-                f"{source}: quantization_config is missing, although the experts are packed; "
-                'add "quantization_config": {"quant_method": "mxfp4"}'
-            )
+            raise undeclared(source)
         self.packing = check_config(config, source)
         self._check(required)
 

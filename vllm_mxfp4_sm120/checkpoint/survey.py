@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from vllm_mxfp4_sm120.checkpoint.config import Sizes, check_config
+from vllm_mxfp4_sm120.checkpoint.config import Sizes, check_config, undeclared
 from vllm_mxfp4_sm120.checkpoint.headers import read_json, survey_headers
 from vllm_mxfp4_sm120.checkpoint.names import EMBEDDING, LM_HEAD, canonical_name, plain, refuse_foreign
 from vllm_mxfp4_sm120.checkpoint.tensors import TensorInfo, differs, is_as_required, required_tensors, split_fused
@@ -42,12 +42,18 @@ class Survey:
 
     def problems(self) -> list[str]:
         """One line each: faults, config.json's, and of every tensor that is missing, foreign, doubled or unfit."""
-        found = self.faults + list(_refused(lambda: check_config(self.config, f"{self.source}/config.json")))
+        source = f"{self.source}/config.json"
+        found = self.faults + list(_refused(lambda: self._check_config(source)))
         try:
-            required = required_tensors(self.config, f"{self.source}/config.json")
+            required = required_tensors(self.config, source)
         except ValueError:
             return found  # said already: without sizes there is nothing to compare with
         return found + ([] if self.headers is None else list(_tensors(self.headers, required)))
+
+    def _check_config(self, source: str) -> None:
+        if self.layout == "mxfp4" and self.config.get("quantization_config") is None:
+            raise undeclared(source)
+        check_config(self.config, source)
 
 
 def _refused(check: Callable[[], object]) -> Iterator[str]:

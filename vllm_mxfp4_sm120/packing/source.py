@@ -12,7 +12,14 @@ import torch
 from torch import Tensor
 
 from vllm_mxfp4_sm120 import mxfp4
-from vllm_mxfp4_sm120.checkpoint.config import QUANT_METHODS, Sizes, check_config, published_config, shown
+from vllm_mxfp4_sm120.checkpoint.config import (
+    QUANT_METHODS,
+    Sizes,
+    check_config,
+    published_config,
+    quantization,
+    shown,
+)
 from vllm_mxfp4_sm120.checkpoint.headers import open_shard, read_headers, read_json
 from vllm_mxfp4_sm120.checkpoint.names import EMBEDDING, LM_HEAD, canonical_name, plain, refuse_foreign
 from vllm_mxfp4_sm120.checkpoint.survey import something_else
@@ -65,7 +72,7 @@ class Source:
             raise ValueError(f"{self.directory}: {what}")
         source = str(self.directory / "config.json")
         config = read_json(self.directory / "config.json") if config is None else config
-        method = (config.get("quantization_config") or {}).get("quant_method", "mxfp4")
+        method = quantization(config.get("quantization_config"), source).get("quant_method", "mxfp4")
         if method not in QUANT_METHODS:
             raise ValueError(
                 f"{source}: quant_method is {shown(method)}, expected a BF16 model; dequantize it where it was "
