@@ -47,6 +47,8 @@ def kernels(monkeypatch: pytest.MonkeyPatch) -> dict[str, float]:
     monkeypatch.setattr(fp4, "configurations", lambda: TABLE)
     monkeypatch.setattr(trial, "with_kernel", with_kernel)
     monkeypatch.setattr(trial, "TIMED", (1, 8))
+    monkeypatch.setattr(trial, "REPLAYS", 1)
+    monkeypatch.setattr(timing, "WARM_UPS", 0)
     return errors
 
 
