@@ -326,6 +326,9 @@ def test_the_manifest_tells_what_was_changed(tuned: Path, tmp_path: Path) -> Non
     (tmp_path / "packed" / "tokenizer.json").unlink()
     wrong = packing.verify(tmp_path / "packed")
     assert len(wrong) == 2 and "config.json: its SHA-256" in wrong[0] and "tokenizer.json: no such file" in wrong[1]
+    (tmp_path / "packed" / manifest.SUMS).write_text("")
+    with pytest.raises(ValueError, match="lists no files"):
+        packing.verify(tmp_path / "packed")
     (tmp_path / "packed" / manifest.SUMS).write_text("nonsense\n")
     with pytest.raises(ValueError, match="line 1 is 'nonsense'"):
         packing.verify(tmp_path / "packed")

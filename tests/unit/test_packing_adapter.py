@@ -129,14 +129,18 @@ def test_all_experts_at_once_as_peft_merges_them(bf16: Path, packed: Path, tmp_p
             assert same > 0.999, name
 
 
-BAD: dict[str, tuple[dict[str, Tensor], dict[str, Any], str]] = {
-    "dora": ({}, {"use_dora": True}, "use_dora is True, expected False; merge it with PEFT"),
-    "ranks": ({}, {"rank_pattern": {"q_proj": 4}}, "rank_pattern"),
-    "kind": ({}, {"peft_type": "IA3"}, "peft_type is 'IA3', expected 'LORA'"),
+BAD: dict[str, tuple[dict[str, Tensor] | None, dict[str, Any], str]] = {
+    "no tensors": ({}, {}, "holds no tensors, expected a LoRA's"),
+    "dora": (None, {"use_dora": True}, "use_dora is True, expected False; merge it with PEFT"),
+    "ranks": (None, {"rank_pattern": {"q_proj": 4}}, "rank_pattern"),
+    "kind": (None, {"peft_type": "IA3"}, "peft_type is 'IA3', expected 'LORA'"),
     "half": ({f"{PREFIX}.0.self_attn.q_proj.lora_A.weight": torch.zeros(2, 96)}, {}, "q_proj.weight without its other"),
     "unknown": (pair("0.mlp.shared", *factors(1, 1)), {}, "can't merge .*shared"),
     "layers": (pair("9.self_attn.q_proj", *factors(32, 96)), {}, r"can't merge .*layers\.9"),
     "sizes": (pair("0.self_attn.q_proj", *factors(32, 64)), {}, r"don't make \[32, 96\]"),
+    "an expert beyond": (pair("0.mlp.experts.gate_up_projs.3", *factors(128, 96)), {}, r"can't merge .*projs\.3"),
+    "ranks that experts don't share": (pair("0.mlp.experts", *factors(128, 96)), {}, r"don't make \[128, 96\]"),
+    "a number for experts": (pair("0.mlp.experts", torch.ones(()), torch.ones(())), {}, "can't merge"),
     "embedding": ({"base_model.model.model.embed_tokens.lora_embedding_A": torch.zeros(2, 40)}, {}, "can't merge"),
 }
 
@@ -144,7 +148,8 @@ BAD: dict[str, tuple[dict[str, Tensor], dict[str, Any], str]] = {
 @pytest.mark.parametrize("fault", BAD)
 def test_an_adapter_that_cannot_be_merged_is_refused(fault: str, packed: Path, tmp_path: Path) -> None:
     tensors, settings, message = BAD[fault]
-    lora = adapter(tmp_path / "lora", tensors or pair("0.self_attn.q_proj", *factors(32, 96)), **settings)
+    tensors = pair("0.self_attn.q_proj", *factors(32, 96)) if tensors is None else tensors
+    lora = adapter(tmp_path / "lora", tensors, **settings)
     with pytest.raises(ValueError, match=message):
         packing.pack(packed, tmp_path / "merged", Options(adapter=lora))
     assert not list(tmp_path.glob("merged*"))

@@ -26,6 +26,11 @@ def put(name: str, tensor: Tensor) -> Callable[[State], object]:
     return lambda state: state.update({name: tensor})
 
 
+def four_experts(state: State) -> None:
+    del state[GATE_UP]
+    state.update({f"{GATE_UP}s.{expert}.weight": torch.zeros(96, 128) for expert in range(4)})
+
+
 BAD: dict[str, tuple[Callable[[State], object], str]] = {
     "missing": (drop(GATE_UP, "lm_head.weight"), r"lm_head.weight .* missing; .*gate_up_proj \(gate_up of 3 experts"),
     "shape": (put(GATE_UP, torch.zeros(3, 96, 64)), r"gate_up_proj is F32 \[3, 96, 64\], expected BF16 \[3, 96, 128\]"),
@@ -44,6 +49,13 @@ BAD: dict[str, tuple[Callable[[State], object], str]] = {
     ),
     "lora inside": (put("base_model.model.model.layers.0.self_attn.q_proj.lora_A.weight", torch.zeros(1)), "merge it"),
     "4 bits": (put("model.layers.0.self_attn.q_proj.weight.absmax", torch.zeros(1)), "another quantization"),
+    "four experts of three": (four_experts, r"gate_up_projs.3.weight found, expected 3 experts"),
+    "floats beside codes": (
+        lambda state: state.update(
+            {f"{GATE_UP}_blocks": torch.zeros(3, 128, 3, 16).byte(), f"{GATE_UP}_scales": torch.zeros(3, 128, 3).byte()}
+        ),
+        r"gate_up_proj and .*gate_up_proj_blocks are the same weights, expected one of them",
+    ),
     "layers": (put("model.layers.7.mlp.experts.down_proj", torch.zeros(1)), "layer 7 found, expected 2 layers"),
 }
 

@@ -56,6 +56,8 @@ class Adapter:
             shapes = {name: TensorInfo.of(shard.get_tensor(name)) for name in shard.keys()}  # noqa: SIM118
         unknown = [name for name in shapes if not self._place(name, shapes, required)]
         unknown += [f"{key} without its other factor" for key, pair in self.pairs.items() if set(pair) != {"A", "B"}]
+        if not shapes:
+            raise ValueError(f"{self.file}: holds no tensors, expected a LoRA's; save the adapter again")
         if unknown:
             raise ValueError(f"{self.file}: can't merge {listed([plain(name) for name in unknown])}; {MERGE_FIRST}")
         self._check_shapes(shapes, required)
@@ -80,7 +82,8 @@ class Adapter:
         """What a factor is added to."""
         piece = piece_of(f"{module}.weight")
         if piece is not None:
-            return piece if piece.expert is not None else None
+            known = piece.layer < self.sizes.num_layers and (piece.expert or 0) < self.sizes.num_experts
+            return piece if piece.expert is not None and known else None
         everyone = _ALL_EXPERTS.fullmatch(respelled(module))
         if everyone is None:
             published = canonical_name(f"{module}.weight")
@@ -88,25 +91,28 @@ class Adapter:
         first, second = (name.replace(".lora_B", ".lora_A"), name.replace(".lora_A", ".lora_B"))
         if first not in shapes or second not in shapes:
             return None
-        sizes = (shapes[second].shape[0], shapes[first].shape[1])
+        sizes: Any = (*shapes[second].shape[:1], *shapes[first].shape[1:])
         hidden, intermediate = self.sizes.hidden_size, self.sizes.intermediate_size
-        projection = {(2 * intermediate, hidden): "gate_up_proj", (hidden, intermediate): "down_proj"}.get(sizes)
-        return None if projection is None else (int(everyone[1]), projection)
+        of_sizes = {(2 * intermediate, hidden): "gate_up_proj", (hidden, intermediate): "down_proj"}
+        projection = of_sizes.get(sizes)
+        known = int(everyone[1]) < self.sizes.num_layers
+        return (int(everyone[1]), projection) if projection is not None and known else None
 
     def _check_shapes(self, shapes: Mapping[str, TensorInfo], required: Mapping[str, TensorInfo]) -> None:
         for key, pair in self.pairs.items():
             a, b = shapes[pair["A"]].shape, shapes[pair["B"]].shape
-            made = (b[0], a[1]) if len(a) == len(b) == 2 and a[0] == b[1] else None
+            ranks = 1 if isinstance(key, str | Piece) else self.sizes.num_experts  # in one factor, one beside another
+            made = (b[0], a[1]) if len(a) == len(b) == 2 and a[0] == b[1] and a[0] % ranks == 0 else None
             if isinstance(key, str):
                 expected = required[key].shape
             elif isinstance(key, Piece):
                 expected = part_shape(key.part, self.sizes)
             else:
-                continue  # found by its shape
+                expected = part_shape("down" if key[1] == "down_proj" else "gate_up", self.sizes)
             if made != expected:
+                made_of = f"the factors {list(a)} and {list(b)} of {plain(pair['A'])}"
                 raise ValueError(
-                    f"{self.file}: the factors {list(a)} and {list(b)} of {key} don't make {list(expected)}; "
-                    "the adapter is not of this model"
+                    f"{self.file}: {made_of} don't make {list(expected)}; the adapter is not of this model"
                 )
 
     def touches(self, layer: int, projection: str) -> bool:

@@ -29,7 +29,7 @@ def write_sums(directory: Path, known: Mapping[str, str], leave_out: str = "") -
 def verify(directory: Path, progress: Progress = lambda *_: None) -> list[str]:
     """What is wrong with the folder's files, one line each; nothing, if all are as their manifest says.
 
-    Raises ValueError if there is no manifest, or if it can't be read.
+    Raises ValueError if there is no manifest, or if it can't be read or is empty.
     """
     path = directory / SUMS
     if not path.is_file():
@@ -41,6 +41,8 @@ def verify(directory: Path, progress: Progress = lambda *_: None) -> list[str]:
         if match is None:
             raise ValueError(f"{path}: line {number} is {line[:80]!r}, expected a SHA-256 and a file's name")
         sums[directory / match[2]] = match[1]
+    if not sums:
+        raise ValueError(f"{path}: lists no files, expected all that `mxfp4-sm120 pack` wrote")
     sizes = {file: file.stat().st_size for file in sums if file.is_file()}
     done, total = 0, sum(sizes.values())
     for file, expected in sums.items():

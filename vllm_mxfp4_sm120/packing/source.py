@@ -239,9 +239,11 @@ class Source:
         for layer in range(self.sizes.num_layers):
             for projection in PROJECTIONS:
                 yield from self._wrong_experts(layer, projection)
-        beyond = [piece for piece in self.pieces if piece.layer >= self.sizes.num_layers]
-        if beyond:
-            yield f"experts of layer {max(beyond).layer} found, expected {self.sizes.num_layers} layers"
+        layers, experts = self.sizes.num_layers, self.sizes.num_experts
+        if beyond := [piece for piece in self.pieces if piece.layer >= layers]:
+            yield f"experts of layer {max(beyond).layer} found, expected {layers} layers"
+        if beyond := [piece for piece in self.pieces if (piece.expert or 0) >= experts]:
+            yield f"{plain(self.pieces[beyond[0]].spelling or '')} found, expected {experts} experts"
 
     def _wrong_experts(self, layer: int, projection: str) -> Iterator[str]:
         name = expert_prefix(layer, projection)
@@ -252,6 +254,9 @@ class Source:
                     yield f"{name}_{kind} ({expected}) missing"
                 elif not is_as_required(found, expected):
                     yield differs(f"{name}_{kind}", found, expected)
+            for piece, info in self.pieces.items():
+                if not piece.bias and (piece.layer, piece.projection) == (layer, projection):
+                    yield f"{plain(info.spelling or '')} and {name}_blocks are the same weights, expected one of them"
             kinds = [True]
         else:
             kinds = [False, True]
