@@ -12,6 +12,7 @@ import re
 from pathlib import Path
 
 import pytest
+from filelock import FileLock
 
 from tests.kernels.building import ARCHITECTURES, cuobjdump, in_a_new_process, run
 
@@ -84,8 +85,12 @@ def sass(library: Path) -> dict[str, str]:
 
 @functools.cache
 def disassembled(library: Path) -> tuple[str, ...]:
-    """Each file in the library, from its architecture on. It takes a quarter of a minute."""
-    return tuple(run(cuobjdump(), "--dump-sass", library).stdout.split("\narch = ")[1:])
+    """Each file in the library, from its architecture on. It takes a quarter of a minute, so one process does it."""
+    listing = library.with_suffix(".sass")
+    with FileLock(f"{listing}.lock"):
+        if not listing.exists():
+            listing.write_text(run(cuobjdump(), "--dump-sass", library).stdout)
+    return tuple(listing.read_text().split("\narch = ")[1:])
 
 
 @functools.cache

@@ -30,7 +30,8 @@ def run(name: str, requirement: str) -> str | None:
         draft = target.with_name(f"{name}.{os.getpid()}")
         # Without dependencies they import on any machine, all their Python there.
         wanted = [f"flashinfer-python{requirement}", "nvidia-ml-py", "apache-tvm-ffi"]
-        pip = [sys.executable, "-m", "pip", "install", "--quiet", "--no-deps", "--target", str(draft), *wanted]
+        options = ["--quiet", "--no-deps", "--no-compile", "--target", str(draft)]
+        pip = [sys.executable, "-m", "pip", "install", *options, *wanted]
         done = subprocess.run(pip, capture_output=True, text=True, timeout=600)
         if done.returncode:
             shutil.rmtree(draft, ignore_errors=True)

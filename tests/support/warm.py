@@ -44,7 +44,7 @@ AT_IMPORT = {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "VLLM_NO_USAGE_STATS
 
 @dataclass(frozen=True)
 class Request:
-    """`python -m module arguments`. With `fork`, what vLLM spawns, which on CPUs are an engine's ranks, is forked."""
+    """`python -m module arguments`. With `fork`, an engine's ranks, which on CPUs vLLM spawns, are forked."""
 
     module: str
     arguments: Sequence[str]
@@ -139,7 +139,7 @@ def become(request: Request, output: int) -> NoReturn:
     os.environ.update(request.environment)
     if os.environ.get("TORCHDYNAMO_DISABLE") == "1":  # read as torch is imported
         import_module("torch._dynamo.config").disable = True
-    if request.fork:
+    if request.fork and import_module("vllm.platforms").current_platform.is_cpu():
         fork_what_is_spawned()
     sys.argv = [request.module, *request.arguments]
     status = 0
