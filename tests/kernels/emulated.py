@@ -230,7 +230,7 @@ def assert_a_lost_block_traps(library: ctypes.CDLL, call: Callable[[], object], 
 
 
 def dequantized(library: ctypes.CDLL, codes: Tensor, scales: Tensor) -> Tensor:
-    """codes int8 [N, K], scales bf16 [N, K/32] -> bf16 [N, K]."""
+    """codes int8 [N, K], scales bf16 [K/64, N, 2] -> bf16 [N, K]."""
     codes = aligned(codes)
     out = torch.full(codes.shape, torch.nan, dtype=torch.bfloat16)
     library.dense_dequantized.restype = ctypes.c_char_p
@@ -243,7 +243,7 @@ def dequantized(library: ctypes.CDLL, codes: Tensor, scales: Tensor) -> Tensor:
 def dense(
     library: ctypes.CDLL, config: int, x: Tensor, weight: Tensor, scale: Tensor | None, bias: Tensor | None
 ) -> Tensor:
-    """x bf16 [M, K], weight bf16 or int8 [N, K], scale bf16 [N, K/32], bias bf16 [N]."""
+    """x bf16 [M, K], weight bf16 or int8 [N, K], scale bf16 [K/64, N, 2], bias bf16 [N]."""
     x, weight = aligned(x), aligned(weight)
     out = torch.full((x.shape[0], weight.shape[0]), torch.nan, dtype=torch.bfloat16)
     library.dense.restype = ctypes.c_char_p

@@ -162,8 +162,8 @@ def test_every_int8_is_itself(library: ctypes.CDLL, config: int):
     for place, scale_value in ((0, 1.0), (21, 0.0123), (63, 2.0**-40)):
         weight.zero_()
         weight[:, place] = codes
-        scale = torch.full((255, 2), scale_value).bfloat16()
+        scale = torch.full((1, 255, 2), scale_value).bfloat16()
         x = torch.zeros(1, 64).bfloat16()
         x[0, place] = 1
-        expected = (codes.double() * scale[:, 0].double()).bfloat16()
+        expected = (codes.double() * scale[0, :, 0].double()).bfloat16()
         assert torch.equal(dense(library, config, x, weight, scale, None)[0], expected)

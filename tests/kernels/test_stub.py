@@ -192,7 +192,7 @@ print(bool((compiled(x) == 1).all()), tuple(compiled(x).shape))
         "mxfp4_sm120: weight is float32, expected bfloat16 or int8",
         "mxfp4_sm120: scale is missing, expected with int8 weights and only then",
         "mxfp4_sm120: scale is given, expected with int8 weights and only then",
-        "mxfp4_sm120: scale has shape [2, 5], expected [5, 2]",
+        "mxfp4_sm120: scale has shape [2, 5, 1], expected [1, 5, 2]",
         "mxfp4_sm120: weight has shape [5, 32], expected [5, 64]",
         "mxfp4_sm120: bias has shape [4], expected [5]",
         "mxfp4_sm120: config is 3, expected 0 to 2, or -1 for the first that fits",

@@ -29,7 +29,7 @@ def test_each_code_is_the_nearest(rows: int, blocks: int, seed: int, exponent: i
     """No value is off by more than half a step; the largest of a block, by 0.4 % where its scale was rounded down."""
     weight = weights(rows, blocks, seed, exponent)
     encoded = Int8Weights.quantize(weight)
-    step = encoded.scales.double().repeat_interleave(BLOCK, 1)
+    step = encoded.scales_of().double().repeat_interleave(BLOCK, 1)
     off = (encoded.codes.double() * step - weight.double()).abs()
     assert (off <= torch.maximum(step / 2, weight.double().abs() / 256)).all()
     assert encoded.codes.min() >= -127
@@ -79,7 +79,7 @@ def test_the_ends_of_bf16(largest: float) -> None:
     encoded = Int8Weights.quantize(weight)
     decoded = encoded.decode(dtype=torch.bfloat16)
     assert decoded.isfinite().all()
-    steps = encoded.scales.double().repeat_interleave(BLOCK, 1)
+    steps = encoded.scales_of().double().repeat_interleave(BLOCK, 1)
     off = (decoded.double() - weight.double()).abs()
     assert (off <= weight.double().abs() / 128 + steps / 2 + 64 * 2.0**-133).all()
     assert torch.equal(decoded[[0, 2]], Int8Weights.quantize(weight[[0, 2]]).decode(dtype=torch.bfloat16))

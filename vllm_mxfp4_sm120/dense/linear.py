@@ -63,7 +63,7 @@ def torchs_linear(
 # on the card and on the number of tokens. No layer's name is an argument, so that all layers compile to the same code.
 @torch.library.custom_op("mxfp4_sm120::linear", mutates_args=())
 def linear(x: Tensor, weight: Tensor, scale: Tensor | None, bias: Tensor | None) -> Tensor:
-    """x bf16 [..., K], weight bf16 [N, K] or int8 with scale bf16 [N, K/32], bias bf16 [N] -> [..., N]."""
+    """x bf16 [..., K], weight bf16 [N, K] or int8 with scale bf16 [K/64, N, 2], bias bf16 [N] -> [..., N]."""
     rows, columns = weight.shape
     kernel = kernel_for(x.numel() // columns, rows, columns, scale is not None)
     if kernel != TORCHS_OWN:

@@ -47,7 +47,7 @@ def limits() -> Limits:
 def linear(
     x: Tensor, weight: Tensor, bias: Tensor | None = None, scale: Tensor | None = None, kernel: int = FIRST_FIT
 ) -> Tensor:
-    """x bf16 [M, K], weight bf16 [N, K] or int8 with scale bf16 [N, K/32] (`Int8Weights`), bias bf16 [N] -> [M, N].
+    """x bf16 [M, K], weight bf16 [N, K] or int8 with scale bf16 [K/64, N, 2] (`Int8Weights`), bias bf16 [N] -> [M, N].
 
     K and M are within `limits()`. `kernel` is a place in `configurations()`. Sums are FP32 in a
     fixed order, rounded once. Raises RuntimeError, in one line, for anything else.
@@ -57,6 +57,6 @@ def linear(
 
 
 def dequantize(codes: Tensor, scales: Tensor) -> Tensor:
-    """codes int8 [N, K], scales bf16 [N, K/32], K a multiple of 32 -> the weights, bf16 [N, K], each rounded once."""
+    """codes int8 [N, K], scales bf16 [K/64, N, 2], K a multiple of 32 -> the weights, bf16 [N, K], rounded once."""
     out: Tensor = torch.ops.mxfp4_sm120.dense_dequantize(codes, scales)
     return out

@@ -4,7 +4,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
@@ -60,11 +60,10 @@ class Problem:
         """Enough of them to walk over."""
         device = self.weight.device
         more = timing.copies_beyond_cache(self.weight.nbytes, device) - 1
-        scales = self.scale.clone() if self.scale is not None else None
-        return [
-            self,
-            *(Problem(self.shape, self.weight.clone(), scales, self.bias, self.row_sizes) for _ in range(more)),
-        ]
+        return [self, *(replace(self, weight=self.weight.clone(), scale=self._scale()) for _ in range(more))]
+
+    def _scale(self) -> Tensor | None:
+        return None if self.scale is None else self.scale.clone()
 
     def ours(self, x: Tensor, kernel: int) -> Tensor:
         return native.linear(x, self.weight, self.bias, self.scale, kernel)
@@ -79,7 +78,7 @@ class Problem:
             part = slice(int(rows[0]), int(rows[-1]) + 1)
             exact = self.weight[part].double()
             if self.scale is not None:
-                exact = Int8Weights(self.weight[part], self.scale[part]).decode(dtype=torch.float64)
+                exact = Int8Weights(self.weight[part], self.scale[:, part]).decode(dtype=torch.float64)
             parts.append(x.double() @ exact.T + (0 if self.bias is None else self.bias[part].double()))
         return torch.cat(parts, 1)
 

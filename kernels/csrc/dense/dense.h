@@ -18,7 +18,7 @@ constexpr int DENSE_BLOCK = 32;  // INT8 weights have a scale for each so many a
 struct DenseArgs {        // all pointers on the current device, multiples of 16 but for scale (4) and bias (2)
   const void* x;          // bf16 [M, K]
   const void* weight;     // [N, K], bf16 or int8
-  const uint16_t* scale;  // of int8 weights: bf16 [N, K / 32], nullptr for bf16 weights
+  const uint16_t* scale;  // of int8 weights: bf16 [K / 64, N, 2], nullptr for bf16 weights
   const uint16_t* bias;   // bf16 [N] or nullptr
   uint16_t* out;          // bf16 [M, N]
   float* partial;         // `workspace_bytes` of the configuration

@@ -11,15 +11,20 @@ namespace dense {
 namespace {
 
 constexpr int THREADS = 256, CODES = 16;  // of a thread: a load, and two stores
+// Of a block: a warp's lanes side by side along K, and rows whose scales are a sector of 32 bytes.
+constexpr int LANES = 32, ROWS = THREADS / LANES;
 
 __global__ void __launch_bounds__(THREADS)
-    dequantize(const uint4* codes, const uint16_t* scales, uint4* out, int64_t groups) {
+    dequantize(const uint4* codes, const uint16_t* scales, uint4* out, int rows, int groups_of_row) {
   wait_for_previous_kernel();  // which may still read what is written here
   let_next_kernel_start();
-  const int64_t i = static_cast<int64_t>(blockIdx.x) * THREADS + threadIdx.x;
-  if (i >= groups) return;
+  const int group = blockIdx.y * LANES + threadIdx.x % LANES, row = blockIdx.x * ROWS + threadIdx.x / LANES;
+  if (group >= groups_of_row || row >= rows) return;
+  const int64_t i = static_cast<int64_t>(row) * groups_of_row + group;
+  const int block = group / (DENSE_BLOCK / CODES);
   const uint4 loaded = load_once_if(true, codes + i);
-  const uint32_t words[4] = {loaded.x, loaded.y, loaded.z, loaded.w}, scale = scales[i / (DENSE_BLOCK / CODES)];
+  const uint32_t words[4] = {loaded.x, loaded.y, loaded.z, loaded.w};
+  const uint32_t scale = scales[(static_cast<int64_t>(block / 2) * rows + row) * 2 + block % 2];
   const float of_pair = __uint_as_float(scale << 16) * OF_WHOLE;
 #pragma unroll
   for (int half = 0; half < 2; ++half) {
@@ -37,11 +42,11 @@ __global__ void __launch_bounds__(THREADS)
 }  // namespace dense
 
 const char* dense_dequantize(const DenseArgs& args, const Device& device, void* stream) {
-  const int64_t groups = static_cast<int64_t>(args.N) * args.K / dense::CODES;
-  const dim3 grid(static_cast<unsigned>((groups + dense::THREADS - 1) / dense::THREADS));
+  const int groups = args.K / dense::CODES;
+  const dim3 grid((args.N + dense::ROWS - 1) / dense::ROWS, (groups + dense::LANES - 1) / dense::LANES);
   return launch_kernel(dense::dequantize, grid, dense::THREADS, 0, static_cast<cudaStream_t>(stream),
                        {device.dependent_launch}, static_cast<const uint4*>(args.weight), args.scale,
-                       reinterpret_cast<uint4*>(args.out), groups);
+                       reinterpret_cast<uint4*>(args.out), args.N, groups);
 }
 
 }  // namespace mxfp4_sm120

@@ -63,7 +63,7 @@ struct Loader {
     row = rows.begin;
     k = threadIdx.x / 32 * STEP;
     weight = static_cast<const uint8_t*>(args.weight) + (static_cast<int64_t>(row + g) * args.K + k) * Weights::BYTES;
-    scale = args.scale + static_cast<int64_t>(row + g) * (args.K / DENSE_BLOCK) + k / DENSE_BLOCK;
+    scale = args.scale + (static_cast<int64_t>(k / STEP) * args.N + row + g) * 2;
   }
   __device__ __forceinline__ void load(uint32_t stage) {
     const int exist = k < args.K ? min(rows.of_pass, rows.end - row) - static_cast<int>(threadIdx.x % 32 / 4) : 0;
@@ -74,7 +74,7 @@ struct Loader {
     for (int n = 0; n < S::ROW_TILES; ++n) {
       Weights::copy(stage, n, w, s, 8 * n < exist);
       w += rows_of_tile * Weights::BYTES;
-      s += rows_of_tile / DENSE_BLOCK;
+      s += 8 * 2;
     }
     cp_async_commit();
     advance();
@@ -86,11 +86,11 @@ struct Loader {
       by -= turns * STRIDE;
       row += rows.of_pass;
       weight += static_cast<int64_t>(rows.of_pass) * args.K * Weights::BYTES;
-      scale += static_cast<int64_t>(rows.of_pass) * (args.K / DENSE_BLOCK);
+      scale += 2 * rows.of_pass;
     }
     k += by;
     weight += by * Weights::BYTES;
-    scale += by / DENSE_BLOCK;
+    scale += by / STEP * (int64_t{2} * args.N);
   }
 };
 

@@ -47,7 +47,7 @@ Tensor dense_linear(const Tensor& x, const Tensor& weight, const OptionalTensor&
   args.x = checked(x, "x", place, codes().bfloat16, {M, K});
   args.weight = checked(weight, "weight", place, dtype, {N, K});
   args.scale = static_cast<const uint16_t*>(
-      checked(scale, "scale", place, codes().bfloat16, {N, K / DENSE_BLOCK}, Aligned::Word));
+      checked(scale, "scale", place, codes().bfloat16, {K / DENSE_STEP, N, 2}, Aligned::Word));
   args.bias = static_cast<const uint16_t*>(checked(bias, "bias", place, codes().bfloat16, {N}, Aligned::Element));
   const DenseConfiguration& kernel = chosen(config, int8, args);
   Tensor out = new_output(place, M, N);
@@ -79,7 +79,7 @@ Tensor dense_dequantize_op(const Tensor& weight, const Tensor& scale) {
   args.K = static_cast<int>(K);
   args.weight = checked(weight, "weight", place, codes().int8, {N, K});
   args.scale = static_cast<const uint16_t*>(
-      checked(scale, "scale", place, codes().bfloat16, {N, K / DENSE_BLOCK}, Aligned::Element));
+      checked(scale, "scale", place, codes().bfloat16, {(K + DENSE_STEP - 1) / DENSE_STEP, N, 2}, Aligned::Word));
   Tensor out = new_output(place, N, K);
   args.out = static_cast<uint16_t*>(out.data_ptr());
   const On on(place);
@@ -105,11 +105,11 @@ std::tuple<int64_t, int64_t> dense_limits() { return {DENSE_MAX_TOKENS, DENSE_ST
 }  // namespace
 
 STABLE_TORCH_LIBRARY_FRAGMENT(mxfp4_sm120, m) {
-  // x . weight^T + bias: x bf16 [M, K], weight bf16 [N, K], or int8 with scale bf16 [N, K / 32]; bias bf16 [N] -> bf16
-  // [M, N]. By a configuration's `tokens` at a time, each group of which reads the weights anew. `config` is a place in
+  // x . weight^T + bias: x bf16 [M, K], weight bf16 [N, K], or int8 with scale bf16 [K / 64, N, 2]; bias bf16 [N] ->
+  // bf16 [M, N]. By a configuration's `tokens` at a time, each group of which reads the weights anew. `config` is a place in
   // the table, or -1.
   m.def("dense_linear(Tensor x, Tensor weight, Tensor? scale, Tensor? bias, int config=-1) -> Tensor");
-  // weight int8 [N, K], scale bf16 [N, K / 32] -> bf16 [N, K], each product rounded once.
+  // weight int8 [N, K], scale bf16 [K / 64, N, 2] -> bf16 [N, K], each product rounded once.
   m.def("dense_dequantize(Tensor weight, Tensor scale) -> Tensor");
   // The table's columns, as of `configurations`; `tokens` share one reading of the weights.
   m.def("dense_configurations() -> (str[] names, int[] int8, int[] tokens, int[] threads, int[] shared_bytes)");

@@ -94,7 +94,7 @@ struct Loader {
     to = half_of_row(mine, chunk / 2) + chunk % 2 * 16;
     weight = static_cast<const uint8_t*>(args.weight) + static_cast<int64_t>(row + mine) * args.K + share.begin * STEP +
              chunk * 16;
-    scale = args.scale + static_cast<int64_t>(row + threadIdx.x) * (args.K / HALF) + share.begin * (STEP / HALF);
+    scale = args.scale + (static_cast<int64_t>(share.begin) * args.N + row + threadIdx.x) * 2;
   }
   __device__ __forceinline__ void load(uint32_t stage) const {
 #pragma unroll
@@ -113,14 +113,14 @@ struct Loader {
   }
   __device__ __forceinline__ void advance() {
     weight += STEP;
-    scale += STEP / HALF;
+    scale += 2 * args.N;
     if (--left > 0) return;
     const int64_t by = static_cast<int64_t>(share.rows.of_pass) * args.K - share.steps * STEP;
     left = share.steps;
     row += share.rows.of_pass;
     exist = share.rows_from(row) - static_cast<int>(threadIdx.x) / CHUNKS;
     weight += by;
-    scale += by / HALF;
+    scale += 2 * share.rows.of_pass - int64_t{2} * share.steps * args.N;
   }
 };
 
