@@ -12,7 +12,7 @@ namespace mxfp4_sm120 {
 // rows (H or I) longer than this don't fit the decode kernel's registers.
 constexpr int MAX_EXPERTS = 256, MAX_TOP_K = 8, MAX_SIZE = 7168;
 // Of one launch. More are computed in parts: longer ones are no faster, and the workspace stays bounded (6 MB, and 46
-// KB a token of gpt-oss-20b).
+// KB a token of gpt-oss-20b, 55 where FP4 kernels may answer).
 constexpr int MAX_TOKENS = 8192;
 // The router: few tokens at most, rows no longer than this (more are a GEMM library's business).
 constexpr int ROUTER_MAX_TOKENS = 64, ROUTER_MAX_HIDDEN = 9216;

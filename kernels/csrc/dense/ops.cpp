@@ -106,8 +106,8 @@ std::tuple<int64_t, int64_t> dense_limits() { return {DENSE_MAX_TOKENS, DENSE_ST
 
 STABLE_TORCH_LIBRARY_FRAGMENT(mxfp4_sm120, m) {
   // x . weight^T + bias: x bf16 [M, K], weight bf16 [N, K], or int8 with scale bf16 [K / 64, N, 2]; bias bf16 [N] ->
-  // bf16 [M, N]. By a configuration's `tokens` at a time, each group of which reads the weights anew. `config` is a place in
-  // the table, or -1.
+  // bf16 [M, N]. By a configuration's `tokens` at a time, each group of which reads the weights anew. `config` is a
+  // place in the table, or -1.
   m.def("dense_linear(Tensor x, Tensor weight, Tensor? scale, Tensor? bias, int config=-1) -> Tensor");
   // weight int8 [N, K], scale bf16 [K / 64, N, 2] -> bf16 [N, K], each product rounded once.
   m.def("dense_dequantize(Tensor weight, Tensor scale) -> Tensor");
