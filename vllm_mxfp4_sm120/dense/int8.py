@@ -93,7 +93,9 @@ class Int8Weights:
         return out
 
     def _decoded(self, rows: slice, dtype: torch.dtype, decode: Decode | None) -> Tensor:
-        return self.decode(rows, dtype) if decode is None else decode(self.codes[rows], self.scales[:, rows].contiguous())
+        if decode is None:
+            return self.decode(rows, dtype)
+        return decode(self.codes[rows], self.scales[:, rows].contiguous())
 
     def relative_error(self, weight: Tensor) -> Tensor:
         """|decoded - weight| / |weight|, Frobenius, a float64 scalar on the weight's device; 0 for zeros."""
@@ -107,7 +109,7 @@ class Int8Weights:
 
 def _by_steps(scales: Tensor) -> Tensor:
     """[N, K/32] -> [K/64, N, 2]."""
-    steps = functional.pad(scales, (0, scales.shape[1] % (STEP // BLOCK))).unflatten(1, (-1, STEP // BLOCK))
+    steps: Tensor = functional.pad(scales, (0, scales.shape[1] % (STEP // BLOCK))).unflatten(1, (-1, STEP // BLOCK))
     return steps.transpose(0, 1)
 
 
