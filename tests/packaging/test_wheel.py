@@ -36,7 +36,7 @@ def environment(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def wheel(environment: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Built where no nvcc is, for one card only, since each takes its time."""
+    """Built where no nvcc is, for one card only and with little optimization, since both take their time."""
     output = tmp_path_factory.mktemp("wheel")
     sdist = make("sdist", ROOT, tmp_path_factory.mktemp("sdist"))
     path = [folder for folder in os.get_exec_path() if shutil.which("nvcc", path=folder) is None]
@@ -45,7 +45,7 @@ def wheel(environment: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     command = [environment / "bin/python", "-m", "pip", "wheel", "--no-deps", "--wheel-dir", output, sdist]
     done = subprocess.run(
         command,
-        env={**machine, **settings, "TORCH_CUDA_ARCH_LIST": "9.0"},
+        env={**machine, **settings, "TORCH_CUDA_ARCH_LIST": "9.0", "NVCC_APPEND_FLAGS": "-Xcicc -O1 -Xptxas -O1"},
         capture_output=True,
         text=True,
         check=False,
