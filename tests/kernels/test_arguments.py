@@ -61,8 +61,7 @@ def fuzz(calls: int) -> None:
     router = {"x": x, "weight": torch.ones(4, 64, dtype=torch.bfloat16), "bias": torch.ones(4, dtype=torch.bfloat16)}
     linear = {"x": x, "weight": torch.ones(5, 64, dtype=torch.bfloat16), "scale": None}
     linear |= {"bias": torch.ones(5, dtype=torch.bfloat16), "config": -1}
-    scale = torch.ones(1, 5, 2, dtype=torch.bfloat16)
-    int8 = {"weight": torch.ones(5, 64, dtype=torch.int8), "scale": scale, "config": 1}
+    int8 = {"weight": torch.ones(5, 64, dtype=torch.int8), "scale": x.new_ones(1, 5, 2), "config": 1}
     answered = refused = 0
     for _ in range(calls):
         call, given = choose.choice(
