@@ -116,6 +116,21 @@ def test_which_linear_answers(monkeypatch, capsys):
     assert [(given[1].name, given[2]) for given in asked] == [("RTX 5090", False)]
 
 
+def test_the_same_kernel_for_all(monkeypatch, capsys):
+    """What vLLM is told, the doctor knows: no linear of ours, and no kernel that the number of tokens chooses."""
+    pretend(monkeypatch, "RTX 5090")
+    monkeypatch.setattr(doctor.plan, "make", lambda *given: pytest.fail("asked"))
+    monkeypatch.setenv("VLLM_BATCH_INVARIANT", "1")
+    for dense, line in (
+        ("bf16", f"linear layers           vLLM's own ({selector.ONE_FOR_ALL})"),
+        ("int8", f"qkv_proj 5120x2880 int8 torch's linear: {selector.ONE_FOR_ALL}"),
+    ):
+        monkeypatch.setenv("MXFP4_SM120_DENSE", dense)
+        assert main(["doctor", "--no-proof"]) == 0
+        printed = capsys.readouterr().out
+        assert line in printed.splitlines() and "VLLM_BATCH_INVARIANT=1" in printed.splitlines()
+
+
 def test_exit_1_where_nothing_can_serve(monkeypatch, capsys):
     pretend(monkeypatch, "RTX 5090", library=None)
     monkeypatch.setenv("MXFP4_SM120_BACKEND", "native")

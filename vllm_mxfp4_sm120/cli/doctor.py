@@ -29,6 +29,7 @@ from vllm_mxfp4_sm120.fit import Memory
 from vllm_mxfp4_sm120.platform import Machine
 
 MODELS = ("gpt-oss-20b", "gpt-oss-120b")
+BATCH_INVARIANT = "VLLM_BATCH_INVARIANT"  # vLLM's variable, by which fewer kernels may answer
 EXAMPLES = """examples:
   mxfp4-sm120 doctor
   mxfp4-sm120 doctor --report     # to paste into an issue
@@ -108,7 +109,7 @@ def examine(prove: bool = True, show: Show = lambda *_: None) -> Report:
         report.notes.append("there is an NVIDIA driver, but torch sees no GPU: a CPU build, or CUDA_VISIBLE_DEVICES?")
     look_at_library(report, machine)
     look_at_tuning(report)
-    request = selector.Request.from_user()
+    request = selector.Request.from_user(batch_invariant=os.environ.get(BATCH_INVARIANT, "") not in ("", "0"))
     request = replace(request, proof=prove and request.proof)
     asked = ["vLLM", *registry.NAMES, *MODELS, "linear layers"]
 
@@ -140,11 +141,10 @@ def examine(prove: bool = True, show: Show = lambda *_: None) -> Report:
             report.chosen[model] = None
             report.notes.append(f"{model}: {error}")
     ask("linear layers")
-    report.linears = linears(machine, request.proof)
+    report.linears = linears(machine, request)
     show("done", len(asked), len(asked))
-    report.flags = {
-        setting.name: os.environ[setting.name] for setting in settings.TABLE if os.environ.get(setting.name)
-    }
+    flags = [*(setting.name for setting in settings.TABLE), BATCH_INVARIANT]
+    report.flags = {flag: os.environ[flag] for flag in flags if os.environ.get(flag)}
     return report
 
 
@@ -172,15 +172,15 @@ def look_at_tuning(report: Report) -> None:
                 report.notes.append(found.ignored)
 
 
-def linears(machine: Machine, prove: bool) -> dict[str, str]:
+def linears(machine: Machine, request: selector.Request) -> dict[str, str]:
     """By layer, the same in all MODELS: which linear answers at which sizes, and why."""
-    kind = settings.DENSE.get()
+    kind, one_for_all = settings.DENSE.get(), selector.ONE_FOR_ALL if request.batch_invariant else None
     if kind == "off":
         return {"linear layers": "vLLM's own (dense is off)"}
-    if kind == "bf16" and (reason := plan.why_not(machine)) is not None:
+    if kind == "bf16" and (reason := one_for_all or plan.why_not(machine)) is not None:
         return {"linear layers": f"vLLM's own ({reason})"}
     layers = plan.shapes(published_config(MODELS[0]), 1, kind == "int8")
-    made = plan.make(layers, machine, prove)
+    made = plan.make(layers, machine, request.proof) if one_for_all is None else plan.Plan(one_for_all)
     return {f"{name} {shape}": made.text(shape) for name, shape in layers.items()}
 
 
