@@ -6,11 +6,12 @@ from __future__ import annotations
 import ctypes
 import faulthandler
 import hashlib
+import mmap
 import os
 import shutil
 import signal
 import subprocess
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
@@ -140,6 +141,19 @@ def aligned(tensor: Tensor) -> Tensor:
     return copy.copy_(tensor)
 
 
+def fenced(*tensors: Tensor | None) -> Iterator[Tensor | None]:
+    """Copies that each end where memory does: a kernel that reads or writes past one crashes."""
+    for tensor in tensors:
+        if tensor is None:
+            yield None
+            continue
+        size = -(-tensor.nbytes // mmap.PAGESIZE) * mmap.PAGESIZE
+        room = torch.frombuffer(mmap.mmap(-1, size + mmap.PAGESIZE), dtype=torch.uint8)
+        fence = ctypes.c_void_p(room.data_ptr() + size)
+        assert ctypes.CDLL(None).mprotect(fence, ctypes.c_size_t(mmap.PAGESIZE), 0) == 0
+        yield room[size - tensor.nbytes : size].view(tensor.dtype).view(tensor.shape).copy_(tensor)
+
+
 class Emulated:
     """A layer's weights, and the library that computes with them."""
 
@@ -199,8 +213,8 @@ class Emulated:
 
 
 def router(library: ctypes.CDLL, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    x, weight = aligned(x), aligned(weight)
     out = torch.full((x.shape[0], weight.shape[0]), torch.nan, dtype=torch.bfloat16)
+    x, weight, bias, out = fenced(x, weight, bias, out)
     library.router.restype = ctypes.c_char_p
     args = RouterArgs(*map(pointer, (x, weight, bias, out)), x.shape[0], x.shape[1], weight.shape[0])
     error = library.router(ctypes.byref(args))
@@ -231,8 +245,7 @@ def assert_a_lost_block_traps(library: ctypes.CDLL, call: Callable[[], object], 
 
 def dequantized(library: ctypes.CDLL, codes: Tensor, scales: Tensor) -> Tensor:
     """codes int8 [N, K], scales bf16 [K/64, N, 2] -> bf16 [N, K]."""
-    codes = aligned(codes)
-    out = torch.full(codes.shape, torch.nan, dtype=torch.bfloat16)
+    codes, scales, out = fenced(codes, scales, torch.full(codes.shape, torch.nan, dtype=torch.bfloat16))
     library.dense_dequantized.restype = ctypes.c_char_p
     args = DenseArgs(None, pointer(codes), pointer(scales), None, pointer(out), None, 0, *codes.shape)
     error = library.dense_dequantized(ctypes.byref(args))
@@ -244,8 +257,8 @@ def dense(
     library: ctypes.CDLL, config: int, x: Tensor, weight: Tensor, scale: Tensor | None, bias: Tensor | None
 ) -> Tensor:
     """x bf16 [M, K], weight bf16 or int8 [N, K], scale bf16 [K/64, N, 2], bias bf16 [N]."""
-    x, weight = aligned(x), aligned(weight)
     out = torch.full((x.shape[0], weight.shape[0]), torch.nan, dtype=torch.bfloat16)
+    x, weight, scale, bias, out = fenced(x, weight, scale, bias, out)
     library.dense.restype = ctypes.c_char_p
     args = DenseArgs(*map(pointer, (x, weight, scale, bias, out)), None, x.shape[0], *weight.shape)
     error = library.dense(ctypes.byref(args), config)
