@@ -76,9 +76,31 @@ def test_right(library: ctypes.CDLL, config: int, seed: int):
     tokens = choose.choice((1, 2, 7, 8, 9, 15, 16, 17, 31, 33, 64, 70, 256 if seed == 3 else 40))
     rows = choose.choice((1, 5, 8, 39, 41, 80, 133, 250, 257))
     k = 64 * choose.choice((1, 2, 3, 7, 8, 9, 11, 12, 17, 37))
+    assert_right(library, config, [1, 2, 3, 9][seed % 4], tokens, rows, k, seed)
+
+
+@pytest.mark.parametrize(
+    ("blocks", "tokens", "rows", "k"),
+    [
+        (1, 65, 257, 192),
+        (4, 66, 257, 64 * 43),
+        (24, 129, 17, 576),
+        (8, 256, 129, 576),
+        (64, 193, 17, 128),
+        (7, 33, 1, 448),
+        (3, 33, 1, 64),
+    ],
+    ids=str,
+)
+def test_right_in_tiles(library: ctypes.CDLL, blocks: int, tokens: int, rows: int, k: int):
+    """Several groups of tokens, beside parts of K, or several passes, or both; fewer steps than stages."""
+    assert_right(library, len(STREAMING), blocks, tokens, rows, k, rows)
+
+
+def assert_right(library: ctypes.CDLL, config: int, blocks: int, tokens: int, rows: int, k: int, seed: int) -> None:
     x, _, weight, scale = problem(tokens, rows, k, seed, config)
     bias = torch.randn(rows).bfloat16() if seed % 2 else None
-    library.emulate([1, 2, 3, 9][seed % 4], True, seed)
+    library.emulate(blocks, True, seed)
     out = dense(library, config, x, weight, scale, bias).double()
     # What the kernel multiplies with, exactly: only the tiled ones round a weight after its scale.
     dtype = torch.bfloat16 if CONFIGS[config] in TILED else torch.float64
