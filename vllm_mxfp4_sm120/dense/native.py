@@ -50,7 +50,8 @@ def linear(
     """x bf16 [M, K], weight bf16 [N, K] or int8 with scale bf16 [K/64, N, 2] (`Int8Weights`), bias bf16 [N] -> [M, N].
 
     K and M are within `limits()`. `kernel` is a place in `configurations()`. Sums are FP32 in a
-    fixed order, rounded once. Raises RuntimeError, in one line, for anything else.
+    fixed order, rounded once. Weights are read before the previous kernel ends,
+    which must not write them. Raises RuntimeError, in one line, for anything else.
     """
     out: Tensor = torch.ops.mxfp4_sm120.dense_linear(x, weight, scale, bias, kernel)
     return out
