@@ -3,7 +3,8 @@
 
 Weights and cache follow vLLM's own layouts (gpt_oss.py, v1/kv_cache_interface.py of 0.32). What computing takes is an
 estimate: it comes within 3 % of the use before the KV cache that docs/benchmarks.md has of an H100. With INT8
-dense layers an engine used 0.8 GiB (6 %) more than this, and why isn't known.
+dense layers an engine used 0.8 GiB (6 %) more than this, when codes took part of other layers' old blocks; not measured
+since they don't.
 """
 
 from __future__ import annotations

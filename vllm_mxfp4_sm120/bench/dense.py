@@ -44,9 +44,10 @@ def torch_bf16(weight: Tensor) -> Linear:
 def torch_int8(weight: Tensor) -> Linear:
     """What `dense: int8` does where no kernel answers: decode, on a GPU by the library's kernel, then multiply."""
     encoded = Int8Weights.quantize(weight)
-    if weight.is_cuda:
-        library.load()
-    return partial(encoded.linear, decode=native.dequantize if weight.is_cuda else None)
+    if not weight.is_cuda:
+        return encoded.linear
+    library.load()
+    return partial(encoded.linear, decode=native.dequantize)
 
 
 def native_bf16(weight: Tensor) -> Linear:

@@ -24,7 +24,7 @@ __global__ void __launch_bounds__(THREADS)
   const int block = group / (DENSE_BLOCK / CODES);
   const uint4 loaded = load_once_if(true, codes + i);
   const uint32_t words[4] = {loaded.x, loaded.y, loaded.z, loaded.w};
-  const uint32_t scale = scales[(static_cast<int64_t>(block / 2) * rows + row) * 2 + block % 2];
+  const uint32_t scale = scales_of(scales, rows, block / 2, row)[block % 2];
   const float of_pair = __uint_as_float(scale << 16) * OF_WHOLE;
 #pragma unroll
   for (int half = 0; half < 2; ++half) {

@@ -63,7 +63,7 @@ struct Loader {
     row = rows.begin;
     k = threadIdx.x / 32 * STEP;
     weight = static_cast<const uint8_t*>(args.weight) + (static_cast<int64_t>(row + g) * args.K + k) * Weights::BYTES;
-    scale = args.scale + (static_cast<int64_t>(k / STEP) * args.N + row + g) * 2;
+    scale = scales_of(args.scale, args.N, k / STEP, row + g);
   }
   __device__ __forceinline__ void load(uint32_t stage) {
     const int exist = k < args.K ? min(rows.of_pass, rows.end - row) - static_cast<int>(threadIdx.x % 32 / 4) : 0;

@@ -10,11 +10,11 @@ namespace dense {
 
 // A block's even share of the weight rows, to the row, and how it takes them: in passes of at most `most`.
 struct Rows {
-  int begin, end, of_pass;
+  int begin, end, passes, of_pass;
   __device__ __forceinline__ Rows(int64_t N, int most) {
     begin = static_cast<int>(N * blockIdx.x / gridDim.x);
     end = static_cast<int>(N * (blockIdx.x + 1) / gridDim.x);
-    const int passes = (end - begin + most - 1) / most;
+    passes = (end - begin + most - 1) / most;
     of_pass = (end - begin + passes - 1) / passes;
   }
 };

@@ -73,7 +73,6 @@ struct Share {
     tokens = min(TOKENS, args.M - first_token);
   }
   __device__ __forceinline__ int rows_from(int row) const { return min(rows.of_pass, rows.end - row); }
-  __device__ __forceinline__ int passes() const { return (rows.end - rows.begin + rows.of_pass - 1) / rows.of_pass; }
 };
 
 // Walks the block's steps, for the weights: along its part of K, then the next pass of its rows. Past the last, zeros.
@@ -94,7 +93,7 @@ struct Loader {
     to = half_of_row(mine, chunk / 2) + chunk % 2 * 16;
     weight = static_cast<const uint8_t*>(args.weight) + static_cast<int64_t>(row + mine) * args.K + share.begin * STEP +
              chunk * 16;
-    scale = args.scale + (static_cast<int64_t>(share.begin) * args.N + row + threadIdx.x) * 2;
+    scale = scales_of(args.scale, args.N, share.begin, row + threadIdx.x);
   }
   __device__ __forceinline__ void load(uint32_t stage) const {
 #pragma unroll
@@ -135,7 +134,7 @@ struct TokenLoader {
 
   __device__ __forceinline__ TokenLoader(const DenseArgs& args, const Share& share) : args(args), share(share) {
     const int mine = threadIdx.x / TOKEN_CHUNKS, chunk = threadIdx.x % TOKEN_CHUNKS;
-    passes = share.passes();
+    passes = share.rows.passes;
     exist = passes > 0 ? share.tokens - mine : 0;
     left = share.steps;
     to = X + half_of_token(mine, chunk / 4) + chunk % 4 * 16;

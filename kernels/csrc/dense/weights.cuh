@@ -21,6 +21,11 @@ namespace dense {
 
 constexpr int STEP = DENSE_STEP, HALF = DENSE_BLOCK;  // k
 
+// A row's two scales of a step: INT8 weights have bf16 [K / 64, N, 2].
+__device__ __forceinline__ const uint16_t* scales_of(const uint16_t* scales, int N, int step, int row) {
+  return scales + (static_cast<int64_t>(step) * N + row) * 2;
+}
+
 // A word's four int8 numbers, each plus 128: what `whole_pair` takes.
 __device__ __forceinline__ uint32_t offset_by_128(uint32_t word) { return word ^ 0x80808080u; }
 
